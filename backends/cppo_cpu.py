@@ -1,0 +1,130 @@
+"""The CPU: always there, the reference for every other backend.
+
+torch.accelerator does not count the CPU's memory, so the operating system does: resident memory
+of this process, weights, Python and libraries included.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from cppo.device import Backend, Memory, Unavailable
+
+PROC = Path("/proc")
+CGROUP = Path("/sys/fs/cgroup")
+
+log = logging.getLogger(__name__)
+
+
+def probe() -> Backend:
+    """The CPU backend; Unavailable only where memory cannot be measured."""
+    return Backend(
+        device="cpu",
+        attention=("sdpa", "eager"),
+        # Many CPUs emulate bfloat16: slower than float32 there, and less exact everywhere.
+        precision=(torch.float32, torch.bfloat16),
+        collectives="gloo",
+        memory=_memory(),
+    )
+
+
+def _memory() -> Memory:
+    has_proc = (PROC / "meminfo").exists()
+    if not has_proc and find_spec("psutil") is None:
+        raise Unavailable(f"measuring memory on {sys.platform} needs psutil: pip install psutil")
+    # Some sandboxes have a /proc that counts no peaks.
+    counts_peaks = (PROC / "self/clear_refs").exists()
+    return Memory(
+        peak_bytes=_linux_peak_bytes if counts_peaks else _portable_peak_bytes,
+        reset_peak=_linux_reset_peak if counts_peaks else _portable_reset_peak,
+        release=_release,
+        headroom_bytes=_linux_headroom_bytes if has_proc else _portable_headroom_bytes,
+    )
+
+
+def _release() -> None:
+    """PyTorch keeps no reserve of CPU memory: there is nothing to hand back."""
+
+
+def _linux_peak_bytes() -> int:
+    return 1024 * _number(PROC / "self/status", "VmHWM")
+
+
+def _linux_reset_peak() -> None:
+    """Sets VmHWM to what is resident now (proc(5), clear_refs, since Linux 4.0)."""
+    try:
+        (PROC / "self/clear_refs").write_text("5")
+    except OSError as error:
+        _warn_of_lasting_peak(f"the system refuses to reset it ({error})")
+
+
+def _linux_headroom_bytes() -> int:
+    """The least of what the machine has left and what each enclosing control group has left."""
+    machine_bytes = 1024 * _number(PROC / "meminfo", "MemAvailable")
+    return min([machine_bytes, *_cgroup_headrooms_bytes()])
+
+
+def _cgroup_headrooms_bytes() -> Iterator[int]:
+    """Limit minus usage of each control group around this process, version 2 or 1. File pages not
+    in recent use count as free: the kernel drops them before it kills anyone."""
+    groups = PROC / "self/cgroup"
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, maximum, current, inactive = CGROUP, "max", "current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, inactive = CGROUP / "memory", "total_inactive_file"
+            maximum, current = "limit_in_bytes", "usage_in_bytes"
+        else:
+            continue
+        # In a container the path may be the host's, of which only the mount's root is visible.
+        innermost = root / path.lstrip("/")
+        for group in (innermost, *innermost.parents):
+            if not group.is_relative_to(root):
+                break
+            limit = group / f"memory.{maximum}"
+            if limit.exists() and (text := limit.read_text().strip()) != "max":
+                usage = int((group / f"memory.{current}").read_text())
+                yield int(text) - usage + _number(group / "memory.stat", inactive)
+
+
+def _number(path: Path, name: str) -> int:
+    """The number after `name` in a file of "name value" or "name: value unit" lines."""
+    for line in path.read_text().splitlines():
+        words = line.split()
+        if words and words[0].rstrip(":") == name:
+            return int(words[1])
+    raise OSError(f"{path} has no line {name}")
+
+
+def _portable_peak_bytes() -> int:
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    unit_bytes = 1 if sys.platform == "darwin" else 1024
+    return unit_bytes * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _portable_reset_peak() -> None:
+    _warn_of_lasting_peak(f"{sys.platform} here offers no way to reset it")
+
+
+def _portable_headroom_bytes() -> int:
+    import psutil  # type: ignore[import-untyped]
+
+    return int(psutil.virtual_memory().available)
+
+
+@cache
+def _warn_of_lasting_peak(why: str) -> None:
+    log.warning("peak memory counts from the start of the process: %s", why)

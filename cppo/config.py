@@ -1,0 +1,266 @@
+"""Settings of a run: frozen dataclasses, one a section; YAML in and out. Never imports torch.
+
+The defaults suit a pretrained model. Where `model` is "builtin" the values of `BUILTIN` stand in
+for them, so that `cppo train` alone does something worth watching on a plain CPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+INSTRUCTION = (
+    "\nFirst think about what the image shows and reason inside <think> </think>. "
+    "Then put the final answer in \\boxed{}."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where items come from, beside `data` itself.
+
+    Args:
+        images: Column of the images.
+        question: Column of the question, with one <image> for each image.
+        answer: Column of the answer.
+        kind: Column to group results by; empty for none.
+        eval_share: Share of the rows held out where the source has no split of its own.
+        max_skipped_share: The run stops when more than this share of rows cannot be used.
+        max_image_pixels: Larger images are skipped before they are decoded.
+        instruction: Appended to every question.
+        difficulty: Of the built-in task, 1 to 3.
+    """
+
+    images: str = "images"
+    question: str = "problem"
+    answer: str = "answer"
+    kind: str = ""
+    eval_share: float = 0.1
+    max_skipped_share: float = 0.1
+    max_image_pixels: int = 50_000_000
+    instruction: str = INSTRUCTION
+    difficulty: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """How the model is loaded and what of it is trained.
+
+    Args:
+        max_prompt_tokens: Rows with a longer prompt, image tokens included, are skipped.
+        min_pixels: Smaller images are scaled up to this many pixels; the model's own if null.
+        max_pixels: Larger images are scaled down to this many pixels; the model's own if null.
+        freeze_vision: Leave the vision tower as it is.
+        gradient_checkpointing: Recompute activations instead of keeping them.
+        lora_rank: Train adapters of this rank instead of the weights; 0 for the weights.
+        lora_alpha: The adapters' scale, over the rank.
+        lora_targets: Modules that get adapters, as peft takes them.
+    """
+
+    max_prompt_tokens: int = 2048
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    freeze_vision: bool = False
+    gradient_checkpointing: bool = False
+    lora_rank: int = 0
+    lora_alpha: float = 64.0
+    lora_targets: str = "all-linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How responses are sampled.
+
+    Args:
+        prompts: Prompts in a step, over all processes.
+        responses: Responses for each prompt: the group.
+        max_new_tokens: Longest response.
+        temperature: Of sampling, and of every log-probability and entropy.
+        top_p: Sample from the likeliest tokens that reach this share.
+        batch_responses: Responses sampled side by side; bounds memory.
+        max_resamples: Rounds of new prompts in place of groups without spread, for methods that
+            resample.
+    """
+
+    prompts: int = 32
+    responses: int = 8
+    max_new_tokens: int = 1024
+    temperature: float = 1.0
+    top_p: float = 1.0
+    batch_responses: int = 64
+    max_resamples: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """How responses are rewarded, beside `reward` itself.
+
+    Args:
+        timeout_seconds: Limit of one call of the reward function.
+        workers: Processes that call it.
+    """
+
+    timeout_seconds: float = 5.0
+    workers: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and how a step's rollouts are spent.
+
+    Args:
+        learning_rate: Peak rate.
+        schedule: "constant", "linear" or "cosine", after the warm-up.
+        warmup_steps: Steps of linear warm-up.
+        weight_decay: Decoupled.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        max_grad_norm: Gradients are clipped to this norm.
+        mini_batch_prompts: Prompts in one optimizer step; 0 for all of a rollout's.
+        epochs: Passes over a step's rollouts.
+        micro_batch_responses: Responses scored at once, a process; bounds memory.
+        max_bad_steps: Non-finite steps in a row after which the run stops.
+    """
+
+    learning_rate: float = 1e-6
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    max_grad_norm: float = 1.0
+    mini_batch_prompts: int = 0
+    epochs: int = 1
+    micro_batch_responses: int = 8
+    max_bad_steps: int = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Evaluation before, during and after training.
+
+    Args:
+        items: Held-out items before and after; fewer where the source has fewer.
+        every: Steps between evaluations; 0 for none during training.
+        items_during: Held-out items during training.
+        k: Responses for each item.
+        temperature: Of sampling.
+    """
+
+    items: int = 256
+    every: int = 50
+    items_during: int = 64
+    k: int = 4
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run.
+
+    Args:
+        model: "builtin", a folder, or a Hub id (Qwen2-VL, Qwen2.5-VL, Qwen3-VL).
+        data: "builtin", a file or folder (parquet, JSON lines, images), or a Hub id.
+        method: The algorithm (grpo, dapo, dr_grpo, gspo, cppo, cppo_areal).
+        method_options: Options of the method, in place of its published ones.
+        reward: "default", or "package.module:function".
+        steps: Rollout-and-update steps.
+        seed: Of everything random.
+        output: Run folder; null makes one under runs/.
+        backend: Hardware: auto, or a name that `cppo backends` lists.
+        attention: Attention implementation; auto takes the backend's best.
+        precision: float32, bfloat16, float16, or auto for the backend's best.
+        checkpoint_every: Steps between checkpoints; 0 for one at the end alone.
+        samples_every: Steps between sample rollouts in the run folder; 0 for none.
+    """
+
+    model: str = "builtin"
+    data: str = "builtin"
+    method: str = "cppo"
+    method_options: dict[str, Any] = field(default_factory=dict)
+    reward: str = "default"
+    steps: int = 500
+    seed: int = 0
+    output: str | None = None
+    backend: str = "auto"
+    attention: str = "auto"
+    precision: str = "auto"
+    checkpoint_every: int = 50
+    samples_every: int = 10
+    items: DataConfig = field(default_factory=DataConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rewards: RewardConfig = field(default_factory=RewardConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+BUILTIN: Mapping[str, Any] = {
+    "steps": 100,
+    "items.instruction": "",
+    "rollout.prompts": 16,
+    "rollout.max_new_tokens": 64,
+    "rollout.batch_responses": 512,
+    "optimizer.learning_rate": 1e-4,
+    "optimizer.warmup_steps": 5,
+    "optimizer.micro_batch_responses": 128,
+    "evaluation.items": 512,
+    "evaluation.every": 25,
+    "evaluation.items_during": 128,
+}
+
+
+def check(config: TrainConfig) -> None:
+    """Raises ValueError for values that contradict each other or make no sense."""
+    rollout, optimizer, evaluation = config.rollout, config.optimizer, config.evaluation
+    rules: list[tuple[str, object, bool, str]] = [
+        ("steps", config.steps, config.steps >= 0, "at least 0"),
+        ("rollout.prompts", rollout.prompts, rollout.prompts >= 1, "at least 1"),
+        ("rollout.responses", rollout.responses, rollout.responses >= 2, "at least 2: a group"),
+        ("rollout.temperature", rollout.temperature, rollout.temperature > 0, "above 0"),
+        ("rollout.top_p", rollout.top_p, 0 < rollout.top_p <= 1, "above 0, at most 1"),
+        ("rollout.max_new_tokens", rollout.max_new_tokens, rollout.max_new_tokens >= 1, ">= 1"),
+        (
+            "optimizer.schedule",
+            optimizer.schedule,
+            optimizer.schedule in ("constant", "linear", "cosine"),
+            "constant, linear or cosine",
+        ),
+        (
+            "optimizer.learning_rate",
+            optimizer.learning_rate,
+            optimizer.learning_rate > 0,
+            "above 0",
+        ),
+        (
+            "optimizer.mini_batch_prompts",
+            optimizer.mini_batch_prompts,
+            0 <= optimizer.mini_batch_prompts <= rollout.prompts,
+            f"0 (all), or at most rollout.prompts ({rollout.prompts})",
+        ),
+        (
+            "optimizer.micro_batch_responses",
+            optimizer.micro_batch_responses,
+            optimizer.micro_batch_responses >= 1,
+            "at least 1",
+        ),
+        ("optimizer.epochs", optimizer.epochs, optimizer.epochs >= 1, "at least 1"),
+        ("evaluation.k", evaluation.k, evaluation.k >= 1, "at least 1"),
+        ("evaluation.items", evaluation.items, evaluation.items >= 1, "at least 1"),
+        (
+            "items.eval_share",
+            config.items.eval_share,
+            0 < config.items.eval_share < 1,
+            "between 0 and 1",
+        ),
+    ]
+    for name, given, fine, allowed in rules:
+        if not fine:
+            raise ValueError(f"{name} is {given!r}; it must be {allowed}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain nested dictionaries, ready for YAML."""
+    return dataclasses.asdict(config)

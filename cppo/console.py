@@ -1,0 +1,90 @@
+"""What a person sees while a run goes on, and how they stop it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+
+from rich.console import Console as RichConsole
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from cppo.evaluation.metrics import Estimate
+
+
+class StopRequest:
+    """Ctrl-C or SIGTERM asks for a clean end; a second Ctrl-C ends at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        previous = {sign: signal.getsignal(sign) for sign in (signal.SIGINT, signal.SIGTERM)}
+        for sign in previous:
+            signal.signal(sign, self._hear)
+        try:
+            yield self
+        finally:
+            for sign, handler in previous.items():
+                signal.signal(sign, handler)
+
+    def _hear(self, number: int, _: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+class Console:
+    """Progress bars with the time left, and tables; silent where not `active`."""
+
+    def __init__(self, *, active: bool = True) -> None:
+        self.rich = RichConsole(quiet=not active, highlight=False)
+
+    def say(self, text: str) -> None:
+        self.rich.print(text)
+
+    @contextmanager
+    def progress(self, what: str, total: int) -> Iterator[Callable[[int, str], None]]:
+        """A bar; the function that it gives takes what is done so far and a note."""
+        columns = (
+            TextColumn(f"{what:<12}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=self.rich, refresh_per_second=2) as bar:
+            task = bar.add_task(what, total=total, note="")
+
+            def show(done: int, note: str = "") -> None:
+                bar.update(task, completed=done, note=note)
+
+            yield show
+
+    def table(self, title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+        made = Table(*header, title=title, title_justify="left")
+        for row in rows:
+            made.add_row(*row)
+        self.rich.print(made)
+
+    def estimates(self, title: str, results: Mapping[str, Estimate]) -> None:
+        rows = [(name, percent(result)) for name, result in results.items()]
+        self.table(title, ("", "95 % interval"), rows)
+
+
+def percent(estimate: Estimate) -> str:
+    """An estimate of a share, as people read it."""
+    value, low, high = (100 * v for v in (estimate.value, estimate.low, estimate.high))
+    return f"{value:.1f} %  [{low:.1f}, {high:.1f}]"

@@ -1,0 +1,116 @@
+"""Drawing items from a source; the rows that cannot be used go to a ledger."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+
+from cppo.data.item import BadRow, Item, Source
+from cppo.data.skips import SkipLedger
+
+
+class Feed:
+    """Items without end: every row once an epoch, in an order drawn from `seed` and the epoch.
+
+    A row that cannot be used, or that `check` refuses with a BadRow, goes to the ledger instead.
+    """
+
+    def __init__(
+        self,
+        dataset: Source,
+        ledger: SkipLedger,
+        *,
+        seed: int,
+        check: Callable[[Item], None] | None = None,
+    ) -> None:
+        if len(dataset) == 0:
+            raise ValueError("the source has no rows to feed from: give one that has some.")
+        self._dataset, self._ledger, self._check = dataset, ledger, check
+        self._seed = seed
+        self._start(epoch=0)
+
+    def take(self, n: int) -> list[Item]:
+        """The next `n` usable items, over as many epochs as that takes.
+
+        TooManySkipped where the ledger stops the run; at the end of an epoch its share holds for
+        any number of rows. ValueError where a whole epoch has not one usable row.
+        """
+        items: list[Item] = []
+        while len(items) < n:
+            if self._position == len(self._order):
+                self._end_epoch()
+            index = self._order[self._position]
+            self._position += 1
+            item = _read(self._dataset, index, self._ledger, self._check)
+            if item is not None:
+                self._usable += 1
+                items.append(item)
+        return items
+
+    def state(self) -> dict[str, int]:
+        """Where the feed stands: what `restore` needs to go on with the very next item."""
+        return {
+            "seed": self._seed,
+            "rows": len(self._dataset),
+            "epoch": self._epoch,
+            "position": self._position,
+            "usable": self._usable,
+        }
+
+    def restore(self, state: dict[str, int]) -> None:
+        """Go on where a feed of the same rows and seed stood; ValueError where these differ."""
+        for name, here in (("seed", self._seed), ("rows", len(self._dataset))):
+            if state[name] != here:
+                raise ValueError(
+                    f"the feed was saved with {name}={state[name]} and cannot go on with "
+                    f"{name}={here}: resume with the data and seed it had, or start a new run."
+                )
+        self._start(epoch=state["epoch"])
+        self._position, self._usable = state["position"], state["usable"]
+
+    def _start(self, *, epoch: int) -> None:
+        self._epoch, self._position, self._usable = epoch, 0, 0
+        self._order = _shuffled(len(self._dataset), self._seed, epoch)
+
+    def _end_epoch(self) -> None:
+        if self._usable == 0:
+            raise ValueError(
+                f"not one of the source's {len(self._dataset)} rows can be used: repair them, or "
+                f"set the columns and limits that fit them.\n{self._ledger.summary()}"
+            )
+        self._ledger.check()
+        self._start(epoch=self._epoch + 1)
+
+
+def usable(
+    dataset: Source, ledger: SkipLedger, *, check: Callable[[Item], None] | None = None
+) -> Iterator[Item]:
+    """Every usable item once, in order; at the end the ledger's share holds for any number."""
+    for index in range(len(dataset)):
+        item = _read(dataset, index, ledger, check)
+        if item is not None:
+            yield item
+    ledger.check()
+
+
+def _read(
+    dataset: Source, index: int, ledger: SkipLedger, check: Callable[[Item], None] | None
+) -> Item | None:
+    row = ""
+    try:
+        item = dataset.read(index)
+        row = item.row
+        if check is not None:
+            check(item)
+    except BadRow as bad:
+        ledger.skipped(row or bad.row or str(index), bad)
+        return None
+    ledger.read(row)
+    return item
+
+
+def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
+    """The order of an epoch; by hash, so that no other version of Python changes a resumed run."""
+
+    def draw(index: int) -> bytes:
+        return hashlib.blake2b(f"{seed}:{epoch}:{index}".encode(), digest_size=16).digest()
+
+    return sorted(range(count), key=draw)

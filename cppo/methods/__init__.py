@@ -1,0 +1,54 @@
+"""Methods: what each algorithm computes from the statistics of scored tokens, one file each.
+
+A method says which other views of the images it needs (`views`), turns rewards into advantages,
+decides without gradient which tokens count how much (`plan`) and gives the terms of the loss
+(`terms`). It knows no model, no data and no device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cppo.methods.cppo import CPPO, CPPO_AREAL
+from cppo.methods.dapo import DAPO
+from cppo.methods.dr_grpo import DR_GRPO
+from cppo.methods.grpo import GRPO
+from cppo.methods.gspo import GSPO
+from cppo.methods.method import Average, Plan, Scores, Term, Tokens, View
+
+METHODS: dict[str, Callable[..., GRPO]] = {
+    "grpo": GRPO,
+    "dapo": DAPO,
+    "dr_grpo": DR_GRPO,
+    "gspo": GSPO,
+    "cppo": CPPO,
+    "cppo_areal": CPPO_AREAL,
+}
+
+
+def build(name: str, options: Mapping[str, Any] | None = None) -> GRPO:
+    """The method called `name`, with its published defaults but for `options`.
+
+    Raises ValueError for an unknown name or option (naming the nearest) and for a value out of
+    range.
+    """
+    if name not in METHODS:
+        raise ValueError(f"method {name!r} is not known{_nearest(name, list(METHODS))}")
+    method, given = METHODS[name], dict(options or {})
+    known = [field.name for field in dataclasses.fields(method())]
+    for option in given:
+        if option not in known:
+            raise ValueError(f"method {name!r} has no option {option!r}{_nearest(option, known)}")
+    return method(**given)
+
+
+def _nearest(given: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(given, known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    return f"{hint} Known: {', '.join(sorted(known))}"
+
+
+__all__ = ["METHODS", "Average", "Plan", "Scores", "Term", "Tokens", "View", "build"]

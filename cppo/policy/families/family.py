@@ -1,0 +1,55 @@
+"""The interface of a model family.
+
+Shapes: N images, R rows (sequences), L positions, F image tokens in all, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+from torch import Tensor, nn
+
+Features = Sequence[Tensor]  # one (levels, tokens, D) tensor an image
+
+
+class Family(Protocol):
+    """How one architecture turns pictures into tokens and runs its language model on them."""
+
+    image_token: int  # id of the placeholder that stands for one image token
+    forbidden: tuple[int, ...]  # ids that stand for visual input: never sampled, never an image
+
+    def __init__(self, config: Any, tokenizer: Any, image_processor: Any) -> None: ...
+
+    @staticmethod
+    def load_image_processor(folder: str | Path, limits: Mapping[str, int]) -> Any:
+        """The image processor saved at `folder`, without torchvision. `limits`: pixel counts."""
+
+    def pixels(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+        """Patches (patches, values) of all images, and their grids (N, 3)."""
+
+    def tokens_per_image(self, grids: Tensor) -> list[int]:
+        """How many image tokens each grid makes."""
+
+    def positions(self, model: nn.Module, ids: Tensor, grids: Tensor) -> tuple[Tensor, int]:
+        """Positions (axes, L) of a prompt's ids (L,), and the position after its last."""
+
+    def encode(self, model: nn.Module, pixels: Tensor, grids: Tensor) -> Features:
+        """One pass of the vision tower over all the images."""
+
+    def hidden_states(
+        self,
+        model: nn.Module,
+        ids: Tensor,
+        positions: Tensor,
+        image_mask: Tensor | None,
+        features: Tensor | None,
+        **options: Any,
+    ) -> Any:
+        """The language model on ids (R, L) at positions (axes, R, L).
+
+        `features` (levels, F, D) replace the embeddings where `image_mask` (R, L) is True, in
+        order. `options` (attention mask, cache) go through. Returns transformers' model output.
+        """

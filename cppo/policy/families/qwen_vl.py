@@ -1,0 +1,73 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL.
+
+They differ in size and in the vision tower, which transformers hides; and Qwen3-VL adds deeper
+visual features to its first layers ("deep-stack"), which here are just more levels of features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from cppo.policy.families.family import Features
+
+PLACEHOLDERS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+
+
+class QwenVL:
+    def __init__(self, config: Any, tokenizer: Any, image_processor: Any) -> None:
+        self.image_token = int(config.image_token_id)
+        self.forbidden = tuple(int(getattr(config, name)) for name in PLACEHOLDERS)
+        self._image_processor = image_processor
+        self._merged = config.vision_config.spatial_merge_size**2
+
+    @staticmethod
+    def load_image_processor(folder: str | Path, limits: Mapping[str, int]) -> Any:
+        # AutoProcessor needs torchvision for its video part; the Pillow image processor does not.
+        from transformers import Qwen2VLImageProcessorPil
+
+        return Qwen2VLImageProcessorPil.from_pretrained(folder, **limits)
+
+    def pixels(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+        made = self._image_processor(list(images), return_tensors="pt")
+        return made["pixel_values"], made["image_grid_thw"]
+
+    def tokens_per_image(self, grids: Tensor) -> list[int]:
+        return (grids.prod(-1) // self._merged).tolist()
+
+    def positions(self, model: nn.Module, ids: Tensor, grids: Tensor) -> tuple[Tensor, int]:
+        # Left out, mm_token_type_ids would silently give one-dimensional positions.
+        kinds = (ids == self.image_token).int()
+        found, _ = model.model.get_rope_index(ids[None], kinds[None], image_grid_thw=grids)
+        return found[:, 0], int(found.max()) + 1
+
+    def encode(self, model: nn.Module, pixels: Tensor, grids: Tensor) -> Features:
+        tower = model.model.visual
+        seen = tower(pixels.to(tower.dtype), grid_thw=grids, return_dict=True)
+        levels = torch.stack(
+            [seen.pooler_output, *(getattr(seen, "deepstack_features", None) or ())]
+        )
+        return levels.split(self.tokens_per_image(grids), dim=1)
+
+    def hidden_states(
+        self,
+        model: nn.Module,
+        ids: Tensor,
+        positions: Tensor,
+        image_mask: Tensor | None,
+        features: Tensor | None,
+        **options: Any,
+    ) -> Any:
+        language = model.model.language_model
+        embeddings = language.embed_tokens(ids)
+        if image_mask is not None and features is not None:
+            surface, deeper = features[0].to(embeddings.dtype), list(features[1:])
+            embeddings = embeddings.masked_scatter(image_mask[..., None], surface)
+            if deeper:
+                options |= {"visual_pos_masks": image_mask, "deepstack_visual_embeds": deeper}
+        return language(inputs_embeds=embeddings, position_ids=positions, **options)

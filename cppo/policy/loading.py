@@ -1,0 +1,167 @@
+"""Loading a policy from a folder or the Hub, and saving it so that `from_pretrained` reads it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cppo.policy.families import Family, family_of
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True, eq=False)
+class Policy:
+    """A model with all that is needed to write prompts for it and to read its responses."""
+
+    model: nn.Module  # what is trained and saved; with LoRA, the model within its adapters
+    family: Family
+    tokenizer: Any
+    image_processor: Any
+    eos: tuple[int, ...]  # ids that end a response
+    source: str
+
+    @property
+    def base(self) -> Any:
+        """The transformers model itself, adapters active within it."""
+        return self.model.get_base_model() if self.has_adapters else self.model
+
+    @property
+    def has_adapters(self) -> bool:
+        return hasattr(self.model, "get_base_model")
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.device
+
+    @property
+    def head(self) -> Tensor:
+        """The output projection, (V, D)."""
+        weight: Tensor = self.base.lm_head.weight
+        return weight
+
+    @contextlib.contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """The starting policy, where LoRA trains only adapters."""
+        assert self.has_adapters
+        with self.model.disable_adapter():  # type: ignore[operator]
+            yield
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """No dropout, no gradient; training mode comes back as it was."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train(training)
+
+
+def load(
+    source: str,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    device: str | torch.device = "cpu",
+    pixel_limits: Mapping[str, int] | None = None,
+    freeze_vision: bool = False,
+    gradient_checkpointing: bool = False,
+    lora: Mapping[str, Any] | None = None,
+) -> Policy:
+    """Loads a folder or Hub id of a supported family.
+
+    Args:
+        dtype: Of the weights.
+        attention: Attention implementation, as transformers names it.
+        pixel_limits: `min_pixels`, `max_pixels` of an image, in place of the saved ones.
+        freeze_vision: Keep the vision tower as it is.
+        lora: Settings of peft's LoraConfig; None trains all weights.
+
+    Raises ValueError where the source does not exist, or is not of a supported family.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(source)
+        family = family_of(config.model_type)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        image_processor = family.load_image_processor(source, dict(pixel_limits or {}))
+        model = AutoModelForImageTextToText.from_pretrained(
+            source, dtype=dtype, attn_implementation=attention
+        )
+    except OSError as error:
+        raise ValueError(
+            f"model {source!r} cannot be loaded: {error}. Give a folder that `save_pretrained` "
+            "wrote, the id of a model on the Hub, or 'builtin'."
+        ) from error
+    model.to(device)
+    if freeze_vision:
+        model.model.visual.requires_grad_(False)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if lora is not None:
+        model = _adapt(model, lora, freeze_vision)
+    model.train()
+    return Policy(
+        model=model,
+        family=family(config, tokenizer, image_processor),
+        tokenizer=tokenizer,
+        image_processor=image_processor,
+        eos=_end_tokens(model, tokenizer),
+        source=source,
+    )
+
+
+def save(policy: Policy, folder: Path) -> None:
+    """Writes model, tokenizer, chat template and image processor in Hugging Face format.
+
+    LoRA adapters are merged into the weights of a copy, so that `from_pretrained` needs no peft.
+    """
+    model: Any = policy.model
+    if policy.has_adapters:
+        model = _merged(policy)
+    model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+    policy.image_processor.save_pretrained(folder)
+
+
+def frozen_copy(policy: Policy) -> Policy:
+    """A copy that never changes, to measure how far the policy has moved."""
+    import copy
+
+    model = copy.deepcopy(policy.model).eval().requires_grad_(False)
+    return Policy(**{**vars(policy), "model": model})
+
+
+def _adapt(model: Any, lora: Mapping[str, Any], freeze_vision: bool) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    if model.is_gradient_checkpointing:
+        model.enable_input_require_grads()  # frozen embeddings would cut the gradient's path
+    if freeze_vision:
+        lora = {**lora, "exclude_modules": r".*\bvisual\b.*"}
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    logger.info("LoRA: %s trainable parameters", f"{trainable:,}")
+    return adapted
+
+
+def _merged(policy: Policy) -> Any:
+    import copy
+
+    return copy.deepcopy(policy.model).merge_and_unload()  # type: ignore[operator]
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    given = model.generation_config.eos_token_id
+    ends: Sequence[int] = given if isinstance(given, list) else [given]
+    return tuple(sorted({int(end) for end in (*ends, tokenizer.eos_token_id) if end is not None}))

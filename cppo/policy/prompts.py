@@ -1,0 +1,111 @@
+"""Items into prompts: chat template, image tokens, positions; and the pixels of each view."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cppo.data import PLACEHOLDER, BadRow, Item
+from cppo.methods import View
+from cppo.perturb import perturb, view_seed
+from cppo.policy.loading import Policy
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prompt:
+    """An item as the model reads it. L ids, N images."""
+
+    item: Item
+    ids: Tensor  # (L,), image tokens included
+    image_mask: Tensor  # (L,) bool, the image tokens among them
+    positions: Tensor  # (axes, L)
+    next_position: int  # of the response's first token, on every axis
+    pixels: Tensor  # patches of the images as they are
+    grids: Tensor  # (N, 3)
+
+
+def encode_item(policy: Policy, item: Item, *, instruction: str, max_tokens: int) -> Prompt:
+    """Encodes an item, `instruction` appended to its question.
+
+    Raises BadRow where the prompt exceeds `max_tokens`, where the question itself holds visual
+    placeholder tokens, or where the image processor refuses an image.
+    """
+    family = policy.family
+    try:
+        pixels, grids = family.pixels(item.images)
+    except ValueError as error:
+        raise BadRow("image not usable", str(error), row=item.row) from error
+    text = policy.tokenizer.apply_chat_template(
+        [{"role": "user", "content": _content(item.question + instruction)}],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    ids: list[int] = policy.tokenizer(text, add_special_tokens=False).input_ids
+    places = [index for index, token in enumerate(ids) if token == family.image_token]
+    if len(places) != len(item.images):
+        raise BadRow(
+            "placeholder count",
+            f"{len(places)} image tokens for {len(item.images)} images: the question's text holds "
+            "a token that the model reserves for images",
+            row=item.row,
+        )
+    for place, tokens in zip(
+        reversed(places), reversed(family.tokens_per_image(grids)), strict=True
+    ):
+        ids[place : place + 1] = [family.image_token] * tokens
+    if len(ids) > max_tokens:
+        raise BadRow(
+            "prompt too long",
+            f"{len(ids)} tokens, {max_tokens} allowed: raise policy.max_prompt_tokens, or lower "
+            "policy.max_pixels",
+            row=item.row,
+        )
+    ids_L = torch.tensor(ids)
+    positions, next_position = family.positions(policy.base, ids_L, grids)
+    return Prompt(
+        item=item,
+        ids=ids_L,
+        image_mask=ids_L == family.image_token,
+        positions=positions,
+        next_position=next_position,
+        pixels=pixels,
+        grids=grids,
+    )
+
+
+def encode_view(policy: Policy, prompt: Prompt, view: View, *, seed: int, step: int) -> Tensor:
+    """The pixels of the prompt's images under a view, laid out as `prompt.pixels`."""
+    pixels, grids = policy.family.pixels(
+        [
+            _perturbed(image, number, prompt.item.row, view, seed, step)
+            for number, image in enumerate(prompt.item.images)
+        ]
+    )
+    assert torch.equal(grids, prompt.grids), "a view must keep its images' sizes"
+    return pixels
+
+
+def _perturbed(
+    image: Image.Image, number: int, row: str, view: View, seed: int, step: int
+) -> Image.Image:
+    if view.draw == "image":
+        drawn = view_seed(seed, f"{row}#{number}", view.name, step)
+    else:
+        drawn = view_seed(seed, row, view.name, 0)
+    names = sorted(view.perturbations)
+    name = names[drawn % len(names)]
+    return perturb(image, name, drawn, **view.perturbations[name])
+
+
+def _content(question: str) -> list[dict[str, str]]:
+    """The question as chat content, an image entry in place of each placeholder."""
+    content: list[dict[str, str]] = []
+    for number, text in enumerate(question.split(PLACEHOLDER)):
+        if number:
+            content.append({"type": "image"})
+        if text:
+            content.append({"type": "text", "text": text})
+    return content

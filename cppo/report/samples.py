@@ -1,0 +1,61 @@
+"""Sample rollouts with what is known of each of their tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cppo.collect import Group
+from cppo.detector import perception_mask
+from cppo.methods import GRPO
+from cppo.policy import Policy, Row, Scorer, encode_view
+
+
+def describe(
+    policy: Policy, scorer: Scorer, method: GRPO, group: Group, *, seed: int, step: int
+) -> list[dict[str, Any]]:
+    """One record a response of the group, for `samples.jsonl`.
+
+    Each token comes with its log-probability and entropy and, where the method detects perception
+    tokens, its entropy under the removing view and whether the detector picks it.
+    """
+    views = {"seen": group.prompt.pixels}
+    for view in method.views:
+        if view.detects:
+            views[view.name] = encode_view(policy, group.prompt, view, seed=seed, step=step)
+    responses = group.responses
+    with policy.evaluating():
+        scored = {
+            name: scorer([Row(prompt=group.prompt, pixels=p, response=r.ids) for r in responses])
+            for name, p in views.items()
+        }
+    columns = {
+        "logprob": scored["seen"].logprobs,
+        "entropy": scored["seen"].entropy,
+    }
+    if "removed" in scored:
+        lengths = torch.tensor([len(response.ids) for response in responses])
+        width = scored["seen"].entropy.shape[1]
+        mask = (torch.arange(width)[None] < lengths[:, None]).to(scored["seen"].entropy.device)
+        entropy, removed = scored["seen"].entropy, scored["removed"].entropy
+        columns["removed_entropy"] = removed
+        columns["perception"] = perception_mask(entropy, removed, mask)
+    return [
+        {
+            "step": step,
+            "row": group.prompt.item.row,
+            "question": group.prompt.item.question,
+            "answer": group.prompt.item.answer,
+            "response": response.text,
+            "reward": group.rewards[number].total,
+            "accuracy": group.rewards[number].accuracy,
+            "advantage": group.advantages[number],
+            "tokens": [policy.tokenizer.decode([token]) for token in response.ids.tolist()],
+            **{
+                name: [round(float(v), 5) for v in values[number, : len(response.ids)]]
+                for name, values in columns.items()
+            },
+        }
+        for number, response in enumerate(responses)
+    ]

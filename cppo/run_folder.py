@@ -1,0 +1,115 @@
+"""The run folder: everything a run leaves behind for a person, or for the next run, to read.
+
+config.yaml     the settings, defaults included
+metrics.jsonl   one line a step
+evaluation.jsonl  one line an evaluation, with intervals
+samples.jsonl   sample rollouts with per-token scores
+skipped.jsonl   rows of the data that could not be used, and why
+summary.json    the outcome
+tensorboard/    the metrics again
+checkpoints/    to resume from
+model/          the final model, for `from_pretrained`
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class RunFolder:
+    """Writes into a run's folder. With `active` False (other processes than the first), nothing."""
+
+    def __init__(self, path: Path, *, active: bool = True) -> None:
+        self.path, self._active = path, active
+        self._board: Any = None
+        if active:
+            path.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def skipped(self) -> Path:
+        return self.path / "skipped.jsonl"
+
+    def write_config(self, settings: Mapping[str, Any]) -> None:
+        if self._active:
+            text = yaml.safe_dump(_plain(settings), sort_keys=False)
+            (self.path / "config.yaml").write_text(text)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        if self._active:
+            (self.path / "summary.json").write_text(json.dumps(_plain(summary), indent=1) + "\n")
+
+    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._append("metrics.jsonl", {"step": step, **metrics})
+        self._plot(step, metrics)
+
+    def log_evaluation(self, step: int, results: Mapping[str, Any]) -> None:
+        self._append("evaluation.jsonl", {"step": step, **results})
+        values = {f"eval/{n}": r["value"] for n, r in results.items() if isinstance(r, Mapping)}
+        self._plot(step, {name: v for name, v in values.items() if isinstance(v, float)})
+
+    def log_samples(self, records: Iterable[Mapping[str, Any]]) -> None:
+        for record in records:
+            self._append("samples.jsonl", record)
+
+    def rewind(self, step: int) -> None:
+        """Drops what was logged after `step`, from a run that is being resumed there."""
+        if not self._active:
+            return
+        for name in ("metrics.jsonl", "evaluation.jsonl", "samples.jsonl"):
+            path = self.path / name
+            if path.exists():
+                lines = path.read_text().splitlines(keepends=True)
+                path.write_text("".join(line for line in lines if _step_of(line) <= step))
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        if self._active:
+            with (self.path / name).open("a") as file:
+                file.write(json.dumps(_plain(record), ensure_ascii=False) + "\n")
+
+    def _plot(self, step: int, metrics: Mapping[str, float]) -> None:
+        if not self._active:
+            return
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.path / "tensorboard"))  # type: ignore[no-untyped-call]
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return math.inf  # a line cut short when the process died
+
+
+def _plain(value: Any) -> Any:
+    """Only what JSON and YAML have: records as mappings, non-finite numbers as null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

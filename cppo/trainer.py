@@ -1,0 +1,430 @@
+"""The training loop: collect, score, update; with evaluation, checkpoints and a log around it.
+
+This is the only file that imports accelerate. Every process draws the same prompts and takes its
+share of them. What is random depends on the seed, the step and the process alone, so that a
+resumed run goes on exactly as it would have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cppo import checkpoint
+from cppo.collect import Collector, Encoder, Group
+from cppo.config import OptimizerConfig, TrainConfig, check
+from cppo.console import Console, StopRequest, percent
+from cppo.data import Feed, SkipLedger, usable
+from cppo.device import Backend, choose, resolve_attention, resolve_precision
+from cppo.evaluation.metrics import Estimate, paired_difference
+from cppo.evaluation.run import Outcome, evaluate
+from cppo.methods import build
+from cppo.policy import Policy, Prompt, Scorer, save
+from cppo.policy.loading import frozen_copy
+from cppo.report.samples import describe
+from cppo.reward import Grader
+from cppo.rollout import Sampling
+from cppo.run_folder import RunFolder
+from cppo.sources import open_data, open_policy
+from cppo.update import Sample, Updater
+
+logger = logging.getLogger(__name__)
+
+
+class Diverged(RuntimeError):  # noqa: N818 - named for what happened
+    """Too many steps in a row whose loss or gradient was not finite."""
+
+
+class Trainer:
+    """One run, from its settings to its summary."""
+
+    def __init__(self, config: TrainConfig, folder: Path, *, resume: bool = False) -> None:
+        check(config)
+        self.config = config
+        self.method = build(config.method, config.method_options)
+        self.backend = choose(config.backend)
+        precision = resolve_precision(self.backend, config.precision)
+        attention = resolve_attention(self.backend, config.attention, precision=precision)
+        self.accelerator = _accelerator(self.backend, precision)
+        self.world: int = self.accelerator.num_processes
+        if config.rollout.prompts % self.world:
+            raise ValueError(
+                f"rollout.prompts is {config.rollout.prompts}; "
+                f"it must be a multiple of the {self.world} processes"
+            )
+        main: bool = self.accelerator.is_main_process
+        self.console = Console(active=main)
+        self.folder = RunFolder(folder, active=main)
+        with self.accelerator.main_process_first():
+            self.policy: Policy = open_policy(
+                config.model,
+                config.policy,
+                difficulty=config.items.difficulty,
+                precision=precision,
+                attention=attention,
+                device=self.accelerator.device,
+                console=self.console,
+            )
+        self.ledger = SkipLedger(
+            self.folder.skipped if main else None, max_share=config.items.max_skipped_share
+        )
+        self.encoder = Encoder(
+            self.policy,
+            instruction=config.items.instruction,
+            max_tokens=config.policy.max_prompt_tokens,
+        )
+        self.feed = Feed(
+            open_data(config.data, config.items, "train"),
+            self.ledger,
+            seed=config.seed,
+            check=self.encoder.check,
+        )
+        self._prepare()
+        self.grader = Grader(
+            config.reward,
+            timeout_seconds=config.rewards.timeout_seconds,
+            workers=config.rewards.workers,
+        )
+        self.collector = Collector(
+            policy=self.policy,
+            method=self.method,
+            feed=self.feed,
+            encoder=self.encoder,
+            grader=self.grader,
+            settings=config.rollout,
+            seed=config.seed,
+            rank=self.accelerator.process_index,
+            world=self.world,
+            gather=self._gather,
+        )
+        self.held_out = self._hold_out()
+        self.step, self.bad_steps, self.before = 0, 0, None
+        self.feed_state = self.feed.state()
+        if resume:
+            self._resume()
+        else:
+            settings = dataclasses.asdict(config)
+            settings["method_options"] = dataclasses.asdict(self.method)
+            self.folder.write_config(settings)
+
+    def _prepare(self) -> None:
+        """The modules that accelerate wraps, and what works on them."""
+        settings, rollout = self.config.optimizer, self.config.rollout
+        scorer = Scorer(self.policy, self.backend, temperature=rollout.temperature)
+        optimizer = torch.optim.AdamW(
+            [parameter for parameter in scorer.parameters() if parameter.requires_grad],
+            lr=settings.learning_rate,
+            betas=(settings.beta1, settings.beta2),
+            weight_decay=settings.weight_decay,
+        )
+        self.reference: Scorer | None = None
+        if self.method.reference_kl and not self.policy.has_adapters:
+            frozen = frozen_copy(self.policy)
+            self.reference = Scorer(frozen, self.backend, temperature=rollout.temperature)
+        self.scorer, self.optimizer = self.accelerator.prepare(scorer, optimizer)
+        self.updater = Updater(
+            scorer=self.scorer,
+            optimizer=self.optimizer,
+            method=self.method,
+            processes=self.accelerator,
+            micro_batch_responses=settings.micro_batch_responses,
+            max_grad_norm=settings.max_grad_norm,
+            max_new_tokens=rollout.max_new_tokens,
+        )
+
+    # --- the loop ----------------------------------------------------------------------------
+
+    def train(self) -> dict[str, Any]:
+        """Evaluates, trains, evaluates; returns what `summary.json` holds."""
+        started, steps = time.monotonic(), self.config.steps
+        stop = StopRequest()
+        with stop.listening():
+            if self.before is None:
+                self.before = self._evaluate(self.held_out, "before").accuracies
+            with self.console.progress("training", steps) as show:
+                while self.step < steps and not self._anyone(stop.requested):
+                    metrics = self._train_step(self.step + 1)
+                    self.step += 1
+                    self.feed_state = self.feed.state()
+                    self.folder.log_metrics(self.step, metrics)
+                    show(self.step, f"accuracy {metrics['accuracy']:.2f}")
+                    self._after_step()
+            self._write_checkpoint()
+            finished = self.step >= steps
+            summary: dict[str, Any] = {"steps": self.step, "finished": finished}
+            if finished:
+                after = self._evaluate(self.held_out, "after")
+                summary |= self._compare(after)
+        summary |= {
+            "seconds": time.monotonic() - started,
+            "skipped_rows": self.ledger.summary(),
+            "reward_failures": dict(self.grader.failures),
+            "run_folder": self.folder.path,
+        }
+        self.folder.write_summary(summary)
+        if self.accelerator.is_main_process:
+            save(self.policy, self.folder.model)
+        return summary
+
+    def close(self) -> None:
+        self.grader.close()
+        self.folder.close()
+        self.accelerator.end_training()
+
+    def _train_step(self, step: int) -> dict[str, float]:
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "rollout_seconds"), self.accelerator.autocast():
+            groups = self.collector.collect(step)
+        kept = [group for group in groups if group.teaches(self.method)]
+        with _timed(seconds, "views_seconds"):
+            by_group = [self.collector.samples(group, step) for group in kept]
+        with _timed(seconds, "update_seconds"):
+            metrics = self._update(groups, by_group, step)
+        if self.config.samples_every and step % self.config.samples_every == 0:
+            records = describe(
+                self.policy, self.scorer, self.method, groups[0], seed=self.config.seed, step=step
+            )
+            self.folder.log_samples(records)
+        return {**self._rollout_metrics(groups), **metrics, **seconds}
+
+    def _update(
+        self, groups: Sequence[Group], by_group: list[list[Sample]], step: int
+    ) -> dict[str, float]:
+        """All optimizer steps on one rollout; metrics are their means."""
+        settings = self.config.optimizer
+        kept = sum(self._gather([len(by_group)]))
+        per_mini_batch = settings.mini_batch_prompts or self.config.rollout.prompts
+        mini_batches = math.ceil(kept / per_mini_batch)
+        samples = self._with_known_logprobs(
+            [sample for group in by_group for sample in group],
+            stale=mini_batches * settings.epochs > 1,
+        )
+        size = self.config.rollout.responses
+        by_group = [samples[start : start + size] for start in range(0, len(samples), size)]
+        rate = learning_rate(settings, step, self.config.steps)
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = rate
+        updates: list[dict[str, float]] = []
+        order = torch.Generator()
+        for epoch in range(settings.epochs):
+            order.manual_seed(self.config.seed + 1_000_003 * step + epoch)
+            shuffled = torch.randperm(len(by_group), generator=order).tolist()
+            for number in range(mini_batches):
+                chosen = [by_group[i] for i in shuffled[number::mini_batches]]
+                batch = [sample for group in chosen for sample in group]
+                updates.append(self.updater.step(batch or [_idle(groups[0])]))
+                self._mind(updates[-1])
+        names = updates[0] if updates else {}
+        means = {name: sum(u[name] for u in updates) / len(updates) for name in names}
+        return {**means, "learning_rate": rate, "kept_groups": float(kept)}
+
+    def _with_known_logprobs(self, samples: list[Sample], *, stale: bool) -> list[Sample]:
+        """Adds the sampling policy's log-probabilities where it will have moved, and the
+        reference's where the method holds on to it."""
+        if not any(self._gather([bool(samples)])):
+            return samples
+        known: dict[str, list[torch.Tensor]] = {}
+        if stale:
+            known["old_logprobs"] = self.updater.score_without_gradient(samples)
+        if self.method.reference_kl:
+            if self.reference is not None:
+                known["reference_logprobs"] = self.updater.score_without_gradient(
+                    samples, self.reference
+                )
+            else:
+                with self.policy.without_adapters():
+                    known["reference_logprobs"] = self.updater.score_without_gradient(samples)
+        return [
+            dataclasses.replace(sample, **{name: values[i] for name, values in known.items()})
+            for i, sample in enumerate(samples)
+        ]
+
+    def _mind(self, update: dict[str, float]) -> None:
+        """Stops a run whose steps have stopped being finite."""
+        self.bad_steps = self.bad_steps + 1 if update["skipped"] else 0
+        limit = self.config.optimizer.max_bad_steps
+        if self.bad_steps >= limit:
+            self._write_checkpoint()
+            raise Diverged(
+                f"{limit} steps in a row had a loss or gradient that is not finite (at step "
+                f"{self.step + 1}; the last gradient norm was {update['grad_norm']}). The weights "
+                f"are those before these steps, saved under {self.folder.checkpoints}. Lower "
+                "optimizer.learning_rate, use --precision float32, or look for bad values in "
+                f"{self.folder.path / 'metrics.jsonl'}."
+            )
+
+    def _after_step(self) -> None:
+        evaluation, every = self.config.evaluation, self.config.checkpoint_every
+        if evaluation.every and self.step % evaluation.every == 0 and self.step < self.config.steps:
+            self._evaluate(self.held_out[: evaluation.items_during], f"step {self.step}")
+        if every and self.step % every == 0 and self.step < self.config.steps:
+            self._write_checkpoint()
+
+    # --- evaluation --------------------------------------------------------------------------
+
+    def _hold_out(self) -> list[Prompt]:
+        """Prompts of the held-out items, the same in every process."""
+        encoder = Encoder(
+            self.policy,
+            instruction=self.config.items.instruction,
+            max_tokens=self.config.policy.max_prompt_tokens,
+        )
+        source = open_data(self.config.data, self.config.items, "eval")
+        prompts: list[Prompt] = []
+        for item in usable(source, self.ledger, check=encoder.check):
+            prompts += encoder.take([item])
+            if len(prompts) == self.config.evaluation.items:
+                break
+        return prompts
+
+    def _evaluate(self, prompts: Sequence[Prompt], name: str) -> Outcome:
+        settings, rank = self.config.evaluation, self.accelerator.process_index
+        sampling = Sampling(
+            responses=settings.k,
+            max_new_tokens=self.config.rollout.max_new_tokens,
+            temperature=settings.temperature,
+            batch_responses=self.config.rollout.batch_responses,
+        )
+        share = [prompts[i] for i in _contiguous(len(prompts), rank, self.world)]
+        with self.console.progress("evaluation", len(share)) as show, self.accelerator.autocast():
+            own = evaluate(
+                self.policy, share, self.grader, sampling, seed=self.config.seed, progress=show
+            )
+        outcome = Outcome.joined(self._gather([own]))
+        results = outcome.summary()
+        note = "  ".join(f"{metric} {percent(value)}" for metric, value in results.items())
+        self.console.say(f"{name}: {note}  ({len(prompts)} held-out items)")
+        record = {n: dataclasses.asdict(e) for n, e in (results | outcome.kind_summary()).items()}
+        self.folder.log_evaluation(self.step, {"name": name, "items": len(prompts), **record})
+        return outcome
+
+    def _compare(self, after: Outcome) -> dict[str, Any]:
+        assert self.before is not None
+        k = self.config.evaluation.k
+        difference = paired_difference(self.before, after.accuracies)
+        first = Outcome.mean(self.before)
+        last = after.summary()[f"avg@{k}"]
+        rows = [("before", percent(first)), ("after", percent(last))]
+        rows.append(("difference", percent(difference)))
+        self.console.table(f"avg@{k} on {len(self.held_out)} held-out items", ("", "95 %"), rows)
+        named: dict[str, Estimate] = {"before": first, "after": last, "difference": difference}
+        return {name: dataclasses.asdict(estimate) for name, estimate in named.items()}
+
+    # --- checkpoints -------------------------------------------------------------------------
+
+    def _write_checkpoint(self) -> None:
+        state = {"feed": self.feed_state, "before": self.before, "bad_steps": self.bad_steps}
+
+        def save_tensors(folder: Path) -> None:
+            torch.save(self._weights(), folder / "weights.pt")
+            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+
+        if self.accelerator.is_main_process:
+            checkpoint.write(self.folder.checkpoints, self.step, state, save_tensors)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        found = checkpoint.newest(self.folder.checkpoints)
+        if found is None:
+            raise ValueError(
+                f"{self.folder.path} has no whole checkpoint to resume from; start it anew without "
+                "--resume"
+            )
+        device = self.accelerator.device
+        weights = torch.load(found.folder / "weights.pt", map_location=device)
+        self.policy.model.load_state_dict(weights, strict=False)
+        optimizer = torch.load(found.folder / "optimizer.pt", map_location=device)
+        self.optimizer.load_state_dict(optimizer)
+        self.step, self.before = found.step, found.state["before"]
+        self.bad_steps, self.feed_state = found.state["bad_steps"], dict(found.state["feed"])
+        self.feed.restore(self.feed_state)
+        self.folder.rewind(self.step)
+        self.console.say(f"resuming {self.folder.path} after step {self.step}")
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """What training changes, and no more: beneath adapters the weights stay as loaded."""
+        trained = {name for name, p in self.policy.model.named_parameters() if p.requires_grad}
+        state = self.policy.model.state_dict()
+        return {name: tensor for name, tensor in state.items() if name in trained}
+
+    # --- processes ---------------------------------------------------------------------------
+
+    def _gather(self, values: list[Any]) -> list[Any]:
+        """The lists of all processes, joined in order of rank."""
+        from accelerate.utils import gather_object
+
+        return list(gather_object(values)) if self.world > 1 else values
+
+    def _anyone(self, condition: bool) -> bool:
+        return any(self._gather([condition]))
+
+    def _rollout_metrics(self, groups: Sequence[Group]) -> dict[str, float]:
+        rows = [
+            (reward.total, reward.accuracy, reward.format, len(r.ids), not r.finished, a > 0)
+            for group in groups
+            for reward, r, a in zip(group.rewards, group.responses, group.advantages, strict=True)
+        ]
+        means = torch.tensor(self._gather(rows), dtype=torch.float64).mean(0).tolist()
+        names = ("reward", "accuracy", "format", "response_tokens", "cut_off", "positive")
+        return dict(zip(names, means, strict=True))
+
+
+def learning_rate(settings: OptimizerConfig, step: int, steps: int) -> float:
+    """The rate at a step, counted from 1: linear warm-up, then constant, linear or cosine decay."""
+    if step <= settings.warmup_steps:
+        return settings.learning_rate * step / settings.warmup_steps
+    done = (step - 1 - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
+    decay = {
+        "constant": 1.0,
+        "linear": 1.0 - done,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
+    }
+    return settings.learning_rate * decay[settings.schedule]
+
+
+def _accelerator(backend: Backend, precision: torch.dtype) -> Any:
+    """An Accelerator on the backend's device, in as many processes as were launched."""
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    accelerator = Accelerator(
+        cpu=backend.device == "cpu",
+        mixed_precision={torch.bfloat16: "bf16", torch.float16: "fp16"}.get(precision, "no"),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise ValueError(
+            f"{launched} processes were launched, but each trains by itself: accelerate does not "
+            f"know how to join processes on {backend.device!r} here"
+        )
+    if accelerator.device.type != backend.device:
+        raise ValueError(
+            f"the backend computes on {backend.device!r}, but accelerate chose "
+            f"{accelerator.device.type!r}; set --backend to match, or check ACCELERATE_* variables"
+        )
+    return accelerator
+
+
+def _idle(group: Group) -> Sample:
+    """A sample that keeps a process in step and counts for nothing."""
+    return Sample(prompt=group.prompt, ids=group.responses[0].ids, advantage=0.0, idle=True)
+
+
+def _contiguous(count: int, rank: int, world: int) -> range:
+    return range(count * rank // world, count * (rank + 1) // world)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    seconds[name] = time.monotonic() - started

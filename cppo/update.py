@@ -1,0 +1,348 @@
+"""One optimizer step: score the samples' views, plan, and descend on the method's loss.
+
+Every average runs over the global batch, whatever micro-batches and processes it is cut into: what
+the averages divide by is known before the first backward pass. Where a method needs to see a view
+before that, and there is more than one micro-batch, a first pass without gradient shows it.
+
+Shapes: B samples of this process, T response tokens (right-padded).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from cppo.methods import GRPO, Average, Plan, Scores, Tokens, View
+from cppo.objective import aggregate, count_units
+from cppo.policy import Prompt, Row, Scorer
+
+
+class Processes(Protocol):
+    """What the step asks of the processes it runs in; accelerate's Accelerator is one."""
+
+    num_processes: int
+    sync_gradients: bool
+
+    def reduce(self, tensor: Tensor, reduction: str = "sum") -> Tensor: ...
+    def gather(self, tensor: Tensor) -> Tensor: ...
+    def backward(self, loss: Tensor) -> None: ...
+    def no_sync(self, model: Any) -> contextlib.AbstractContextManager[None]: ...
+    def clip_grad_norm_(self, parameters: Any, max_norm: float) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sample:
+    """One response to learn from."""
+
+    prompt: Prompt
+    ids: Tensor  # (length,)
+    advantage: float
+    views: Mapping[str, Tensor] = field(default_factory=dict)  # pixels, where a view is needed
+    old_logprobs: Tensor | None = None  # (length,); None: the policy is still the one that sampled
+    reference_logprobs: Tensor | None = None  # (length,)
+    idle: bool = False  # scored to keep processes in step, and not counted
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Ahead:
+    """What is known of a micro-batch before the pass with gradient."""
+
+    plan: Plan
+    constant: Mapping[str, Scores]  # of the views without gradient
+
+
+class Updater:
+    """Takes optimizer steps for one method."""
+
+    def __init__(
+        self,
+        *,
+        scorer: Scorer,
+        optimizer: torch.optim.Optimizer,
+        method: GRPO,
+        processes: Processes,
+        micro_batch_responses: int,
+        max_grad_norm: float,
+        max_new_tokens: int,
+    ) -> None:
+        self._scorer, self._optimizer, self._method = scorer, optimizer, method
+        self._processes = processes
+        self._micro_batch = micro_batch_responses
+        self._max_grad_norm = max_grad_norm
+        self._max_new_tokens = max_new_tokens
+
+    def step(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """One optimizer step on the samples of all processes; returns metrics of the global batch.
+
+        A non-finite loss or gradient leaves the weights alone; "skipped" is then 1.
+        """
+        micro_batches = self._cut(samples)
+        views = self._method.views
+        ahead: Sequence[_Ahead] = []
+        if len(micro_batches) > 1 or not all(view.gradient for view in views):
+            ahead = self._plan_ahead(micro_batches)
+        self._optimizer.zero_grad()
+        sums: dict[str, Tensor] = {}
+        finite = True
+        denominators: dict[str, Tensor] | None = None
+        for number, micro_batch in enumerate(micro_batches):
+            last = number + 1 == len(micro_batches)
+            with contextlib.nullcontext() if last else self._processes.no_sync(self._scorer):
+                tokens = self._score(micro_batch, [view for view in views if view.gradient])
+                if ahead:
+                    plan = ahead[number].plan
+                    tokens = replace(tokens, views={**ahead[number].constant, **tokens.views})
+                else:
+                    plan = self._method.plan(_detached(tokens))
+                if denominators is None:
+                    denominators = self._denominators([a.plan for a in ahead] or [plan])
+                loss = self._loss(tokens, plan, denominators, len(micro_batches), sums)
+                finite = finite and bool(loss.isfinite())
+                self._processes.backward(loss * self._processes.num_processes)
+        norm = self._processes.clip_grad_norm_(self._scorer.parameters(), self._max_grad_norm)
+        everywhere = self._sum(torch.tensor([float(not (finite and bool(norm.isfinite())))]))
+        skipped = bool(everywhere.item())
+        if skipped:
+            self._optimizer.zero_grad()
+        else:
+            self._optimizer.step()
+        return {**self._means(sums), "grad_norm": float(norm), "skipped": float(skipped)}
+
+    def score_without_gradient(
+        self, samples: Sequence[Sample], scorer: Scorer | None = None
+    ) -> list[Tensor]:
+        """Each sample's log-probabilities, (length,), under `scorer` or the policy as it is."""
+        found: dict[int, Tensor] = {}
+        with torch.no_grad():
+            for micro_batch in self._cut(samples):
+                logprobs = (scorer or self._scorer)(_rows(micro_batch)).logprobs.cpu()
+                for sample, row in zip(micro_batch, logprobs, strict=True):
+                    found[id(sample)] = row[: len(sample.ids)]
+        return [found[id(sample)] for sample in samples]
+
+    # --- pieces ------------------------------------------------------------------------------
+
+    def _cut(self, samples: Sequence[Sample]) -> list[list[Sample]]:
+        """Micro-batches of like lengths; as many in every process, idle ones made up."""
+        ordered = sorted(samples, key=lambda sample: len(sample.prompt.ids) + len(sample.ids))
+        size = self._micro_batch
+        cut = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        counts = self._processes.gather(torch.tensor([len(cut)], device=self._device))
+        idle = [replace(ordered[0], idle=True)]
+        return cut + [idle] * (int(counts.max()) - len(cut))
+
+    def _plan_ahead(self, micro_batches: Sequence[Sequence[Sample]]) -> list[_Ahead]:
+        """Plans for the whole mini-batch at once; views without gradient are scored here only."""
+        needed = [view for view in self._method.views if view.detects or not view.gradient]
+        constant = [view.name for view in needed if not view.gradient]
+        with torch.no_grad():
+            if needed:
+                scored = [self._score(batch, needed) for batch in micro_batches]
+            else:
+                scored = [self._unscored(batch) for batch in micro_batches]
+            plans = _split(self._method.plan(_joined(scored)), scored)
+        return [
+            _Ahead(plan=plan, constant={name: tokens.views[name] for name in constant})
+            for plan, tokens in zip(plans, scored, strict=True)
+        ]
+
+    def _score(self, samples: Sequence[Sample], views: Sequence[View]) -> Tokens:
+        """Scores samples on their image and on the views they need, in one forward pass."""
+        rows, places = _rows(samples), {}
+        for view in views:
+            having = [i for i, sample in enumerate(samples) if view.name in sample.views]
+            places[view.name] = (len(rows), having)
+            rows += [
+                Row(
+                    prompt=samples[i].prompt,
+                    pixels=samples[i].views[view.name],
+                    response=samples[i].ids,
+                )
+                for i in having
+            ]
+        scores = self._scorer(rows)
+        count, width = len(samples), max(len(sample.ids) for sample in samples)
+        seen = Scores(
+            logprobs=scores.logprobs[:count, :width], entropy=scores.entropy[:count, :width]
+        )
+        by_view = {
+            name: Scores(
+                logprobs=_spread(
+                    scores.logprobs[start : start + len(having), :width], having, count
+                ),
+                entropy=_spread(scores.entropy[start : start + len(having), :width], having, count),
+            )
+            for name, (start, having) in places.items()
+        }
+        return replace(
+            self._unscored(samples), seen=seen, views=by_view, **self._olds(samples, seen)
+        )
+
+    def _unscored(self, samples: Sequence[Sample]) -> Tokens:
+        """Tokens of samples as far as they are known without the policy."""
+        device, width = self._device, max(len(sample.ids) for sample in samples)
+        lengths = torch.tensor([0 if s.idle else len(s.ids) for s in samples], device=device)
+        mask = torch.arange(width, device=device)[None] < lengths[:, None]
+        zeros = torch.zeros(mask.shape, device=device)
+        advantages = torch.tensor([sample.advantage for sample in samples], device=device)
+        return Tokens(
+            mask=mask,
+            advantages=advantages,
+            old_logprobs=zeros,
+            seen=Scores(logprobs=zeros, entropy=zeros),
+        )
+
+    def _olds(self, samples: Sequence[Sample], seen: Scores) -> dict[str, Tensor | None]:
+        width = seen.logprobs.shape[1]
+
+        def stacked(rows: list[Tensor | None]) -> Tensor | None:
+            if any(row is None for row in rows):
+                return None
+            padded = [pad(row, (0, width - len(row))) for row in rows if row is not None]
+            return torch.stack(padded).to(seen.logprobs)
+
+        old = stacked([sample.old_logprobs for sample in samples])
+        return {
+            "old_logprobs": seen.logprobs.detach() if old is None else old,
+            "reference_logprobs": stacked([sample.reference_logprobs for sample in samples]),
+        }
+
+    def _denominators(self, plans: Sequence[Plan]) -> dict[str, Tensor]:
+        """What each average divides by: its units over all micro-batches and processes."""
+        first = plans[0].averages
+        counts = torch.stack(
+            [
+                sum(
+                    (count_units(p.averages[n].mask, a.mode) for p in plans),
+                    torch.zeros((), device=self._device),
+                )
+                for n, a in first.items()
+            ]
+        )
+        totals = self._sum(counts.float())
+        lengths = {"sequence-sum-norm": self._max_new_tokens}
+        return {
+            name: total * lengths.get(average.mode, 1)
+            for (name, average), total in zip(first.items(), totals, strict=True)
+        }
+
+    def _loss(
+        self,
+        tokens: Tokens,
+        plan: Plan,
+        denominators: Mapping[str, Tensor],
+        micro_batches: int,
+        sums: dict[str, Tensor],
+    ) -> Tensor:
+        """This micro-batch's share of the loss; what is worth watching is added to `sums`."""
+        total = torch.zeros((), device=self._device)
+        for name, term in self._method.terms(tokens, plan).items():
+            average = plan.averages[name]
+            divisor: Tensor | None = denominators[name]
+            share = 1.0
+            if self._method.average_over == "micro-batch":
+                divisor, share = None, 1.0 / (micro_batches * self._processes.num_processes)
+            value = share * aggregate(
+                term.per_token, average.mask, average.mode, denominator=divisor
+            )
+            total = total + term.weight * value
+            _add(sums, f"loss/{name}", value.detach(), 0)
+        self._watch(tokens, plan, sums)
+        return total
+
+    def _watch(self, tokens: Tokens, plan: Plan, sums: dict[str, Tensor]) -> None:
+        mask = tokens.mask
+        count = mask.sum()
+        logprobs = tokens.seen.logprobs.detach()
+        ratio = (logprobs - tokens.old_logprobs).clamp(-20, 20).exp()
+        outside = (ratio > 1 + self._method.clip_high) | (ratio < 1 - self._method.clip_low)
+        _add(sums, "entropy", (tokens.seen.entropy.detach() * mask).sum(), count)
+        _add(sums, "clip_share", (outside & mask).sum(), count)
+        _add(sums, "old_kl", ((ratio - 1 - ratio.log()) * mask).sum(), count)
+        for name, average in plan.averages.items():
+            if name not in ("policy", "reference_kl"):
+                _add(sums, f"{name}_share", average.mask.sum(), count)
+                _add(sums, f"{name}_tokens", average.mask.sum(), 0)
+
+    def _means(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        totals = self._sum(torch.stack(list(sums.values())))
+        return {
+            name: float(value if count == 0 else value / count)
+            for name, (value, count) in zip(sums, totals.tolist(), strict=True)
+        }
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        return self._processes.reduce(tensor.to(self._device), reduction="sum")
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._scorer.parameters()).device
+
+
+def _rows(samples: Sequence[Sample]) -> list[Row]:
+    return [Row(prompt=s.prompt, pixels=s.prompt.pixels, response=s.ids) for s in samples]
+
+
+def _spread(scored: Tensor, places: Sequence[int], count: int) -> Tensor:
+    """Rows put back to their places among `count`, zeros elsewhere."""
+    empty = scored.new_zeros((count, scored.shape[1]))
+    return empty.index_copy(0, torch.tensor(places, dtype=torch.long, device=scored.device), scored)
+
+
+def _detached(tokens: Tokens) -> Tokens:
+    def still(scores: Scores) -> Scores:
+        return Scores(logprobs=scores.logprobs.detach(), entropy=scores.entropy.detach())
+
+    return replace(
+        tokens,
+        seen=still(tokens.seen),
+        views={name: still(scores) for name, scores in tokens.views.items()},
+    )
+
+
+def _joined(parts: Sequence[Tokens]) -> Tokens:
+    """One record of several, padded to the longest."""
+    width = max(part.mask.shape[1] for part in parts)
+
+    def join(tensors: Iterator[Tensor]) -> Tensor:
+        return torch.cat([pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
+
+    def scores(each: Iterator[Scores]) -> Scores:
+        all_ = list(each)
+        return Scores(
+            logprobs=join(s.logprobs for s in all_), entropy=join(s.entropy for s in all_)
+        )
+
+    return Tokens(
+        mask=join(part.mask for part in parts),
+        advantages=torch.cat([part.advantages for part in parts]),
+        old_logprobs=join(part.old_logprobs for part in parts),
+        seen=scores(part.seen for part in parts),
+        views={name: scores(part.views[name] for part in parts) for name in parts[0].views},
+    )
+
+
+def _split(plan: Plan, parts: Sequence[Tokens]) -> list[Plan]:
+    """The plan of a joined record, cut back into its parts."""
+    plans, start = [], 0
+    for part in parts:
+        size, width = part.mask.shape
+        rows = slice(start, start + size)
+        averages = {
+            name: Average(mask=average.mask[rows, :width], mode=average.mode)
+            for name, average in plan.averages.items()
+        }
+        plans.append(Plan(advantages=plan.advantages[rows, :width], averages=averages))
+        start += size
+    return plans
+
+
+def _add(sums: dict[str, Tensor], name: str, value: Tensor, count: Tensor | int) -> None:
+    pair = torch.stack([value.float(), torch.as_tensor(count, device=value.device).float()])
+    sums[name] = sums[name] + pair if name in sums else pair
