@@ -6,6 +6,7 @@ of this process, weights, Python and libraries included.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 def probe() -> Backend:
     """The CPU backend; Unavailable only where memory cannot be measured."""
+    _keep_freed_memory()
     return Backend(
         device="cpu",
         attention=("sdpa", "eager"),
@@ -49,8 +51,27 @@ def _memory() -> Memory:
     )
 
 
+def _glibc() -> ctypes.CDLL | None:
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
+
+
+def _keep_freed_memory() -> None:
+    """Lets the allocator keep what PyTorch frees, up to 32 MiB a block, for the next tensor.
+
+    By default glibc hands larger blocks back at once and the kernel clears each new one page by
+    page; a training step of the built-in policy took a fifth longer for it.
+    """
+    if (library := _glibc()) is not None:
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h
+        library.mallopt(mmap_threshold, 32 * 2**20)
+        library.mallopt(trim_threshold, 2**31 - 1)
+
+
 def _release() -> None:
-    """PyTorch keeps no reserve of CPU memory: there is nothing to hand back."""
+    """Hands freed memory that the allocator has kept back to the system."""
+    if (library := _glibc()) is not None:
+        library.malloc_trim(0)
 
 
 def _linux_peak_bytes() -> int:

@@ -6,7 +6,6 @@ for them, so that `cppo train` alone does something worth watching on a plain CP
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -189,7 +188,7 @@ class TrainConfig:
     precision: str = "auto"
     checkpoint_every: int = 50
     samples_every: int = 10
-    items: DataConfig = field(default_factory=DataConfig)
+    dataset: DataConfig = field(default_factory=DataConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     rewards: RewardConfig = field(default_factory=RewardConfig)
@@ -197,9 +196,70 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """One evaluation.
+
+    Args:
+        model: "builtin", a folder, or a Hub id.
+        data: "builtin", a file or folder, or a Hub id; its held-out rows are used.
+        split: "eval" for the held-out rows, "train" for the others.
+        k: Responses for each item.
+        count: Items, at most.
+        temperature: Of sampling; 0 takes the likeliest token.
+        top_p: Sample from the likeliest tokens that reach this share.
+        max_new_tokens: Longest response.
+        batch_responses: Responses sampled side by side; bounds memory.
+        reward: "default", or "package.module:function".
+        seed: Of sampling.
+        json: File for the results and every response; null for none.
+        detector: Also score the perception-token detector, on the built-in data.
+        backend: Hardware: auto, or a name that `cppo backends` lists.
+        attention: Attention implementation; auto takes the backend's best.
+        precision: float32, bfloat16, float16, or auto for the backend's best.
+    """
+
+    model: str = "builtin"
+    data: str = "builtin"
+    split: str = "eval"
+    k: int = 8
+    count: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 1024
+    batch_responses: int = 64
+    reward: str = "default"
+    seed: int = 0
+    json: str | None = None
+    detector: bool = False
+    backend: str = "auto"
+    attention: str = "auto"
+    precision: str = "auto"
+    dataset: DataConfig = field(default_factory=DataConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    rewards: RewardConfig = field(default_factory=RewardConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerturbConfig:
+    """A contact sheet.
+
+    Args:
+        image: Path of the image.
+        output: Path of the sheet; null for one named after the image, here.
+        seed: Of the draws.
+        draws: Draws of each perturbation.
+    """
+
+    image: str = ""
+    output: str | None = None
+    seed: int = 0
+    draws: int = 3
+
+
 BUILTIN: Mapping[str, Any] = {
     "steps": 100,
-    "items.instruction": "",
+    "dataset.instruction": "",
     "rollout.prompts": 16,
     "rollout.max_new_tokens": 64,
     "rollout.batch_responses": 512,
@@ -250,17 +310,12 @@ def check(config: TrainConfig) -> None:
         ("evaluation.k", evaluation.k, evaluation.k >= 1, "at least 1"),
         ("evaluation.items", evaluation.items, evaluation.items >= 1, "at least 1"),
         (
-            "items.eval_share",
-            config.items.eval_share,
-            0 < config.items.eval_share < 1,
+            "dataset.eval_share",
+            config.dataset.eval_share,
+            0 < config.dataset.eval_share < 1,
             "between 0 and 1",
         ),
     ]
     for name, given, fine, allowed in rules:
         if not fine:
             raise ValueError(f"{name} is {given!r}; it must be {allowed}")
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Plain nested dictionaries, ready for YAML."""
-    return dataclasses.asdict(config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -25,7 +25,7 @@ class StopRequest:
     """Ctrl-C or SIGTERM asks for a clean end; a second Ctrl-C ends at once."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.signal = 0  # what asked for it; 0 while nothing did
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -39,9 +39,9 @@ class StopRequest:
                 signal.signal(sign, handler)
 
     def _hear(self, number: int, _: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
+        if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self.signal = number
 
 
 class Console:
@@ -73,7 +73,7 @@ class Console:
 
             yield show
 
-    def table(self, title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    def table(self, title: str, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
         made = Table(*header, title=title, title_justify="left")
         for row in rows:
             made.add_row(*row)

@@ -68,22 +68,22 @@ class Trainer:
             self.policy: Policy = open_policy(
                 config.model,
                 config.policy,
-                difficulty=config.items.difficulty,
+                difficulty=config.dataset.difficulty,
                 precision=precision,
                 attention=attention,
                 device=self.accelerator.device,
                 console=self.console,
             )
         self.ledger = SkipLedger(
-            self.folder.skipped if main else None, max_share=config.items.max_skipped_share
+            self.folder.skipped if main else None, max_share=config.dataset.max_skipped_share
         )
         self.encoder = Encoder(
             self.policy,
-            instruction=config.items.instruction,
+            instruction=config.dataset.instruction,
             max_tokens=config.policy.max_prompt_tokens,
         )
         self.feed = Feed(
-            open_data(config.data, config.items, "train"),
+            open_data(config.data, config.dataset, "train"),
             self.ledger,
             seed=config.seed,
             check=self.encoder.check,
@@ -151,7 +151,7 @@ class Trainer:
             if self.before is None:
                 self.before = self._evaluate(self.held_out, "before").accuracies
             with self.console.progress("training", steps) as show:
-                while self.step < steps and not self._anyone(stop.requested):
+                while self.step < steps and not self._anyone(stop.signal > 0):
                     metrics = self._train_step(self.step + 1)
                     self.step += 1
                     self.feed_state = self.feed.state()
@@ -160,7 +160,11 @@ class Trainer:
                     self._after_step()
             self._write_checkpoint()
             finished = self.step >= steps
-            summary: dict[str, Any] = {"steps": self.step, "finished": finished}
+            summary: dict[str, Any] = {
+                "steps": self.step,
+                "finished": finished,
+                "stopped_by": 0 if finished else max(self._gather([stop.signal])),
+            }
             if finished:
                 after = self._evaluate(self.held_out, "after")
                 summary |= self._compare(after)
@@ -275,10 +279,10 @@ class Trainer:
         """Prompts of the held-out items, the same in every process."""
         encoder = Encoder(
             self.policy,
-            instruction=self.config.items.instruction,
+            instruction=self.config.dataset.instruction,
             max_tokens=self.config.policy.max_prompt_tokens,
         )
-        source = open_data(self.config.data, self.config.items, "eval")
+        source = open_data(self.config.data, self.config.dataset, "eval")
         prompts: list[Prompt] = []
         for item in usable(source, self.ledger, check=encoder.check):
             prompts += encoder.take([item])

@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cppo.builtin.task import Puzzle, ShapesTask
 from cppo.data import PLACEHOLDER
+from cppo.policy.families.qwen_vl import QwenVL
 
 SPECIAL = {
     "pad": "<|endoftext|>",
@@ -50,10 +51,10 @@ WARM_SEED = 20_260_101  # of the warm start's own puzzles and weights; no run us
 class WarmStart:
     """The warm start's settings; changing one makes a new cache entry."""
 
-    text_steps: int = 100
+    text_steps: int = 60
     text_batch: int = 96
-    read_steps: int = 130
-    read_batch: int = 48
+    read_steps: int = 200
+    read_batch: int = 32
     puzzles: int = 3072
     matrix_rate: float = 0.02  # Muon's, for weight matrices
     other_rate: float = 3e-3  # AdamW's, for everything else
@@ -181,6 +182,7 @@ def _train(
 
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, seed=settings.seed).train()
+    QwenVL.prepare(model)
     image_processor = Qwen2VLImageProcessorPil(**IMAGE_PIXELS)
     task = ShapesTask(split="train", size=10**6, difficulty=difficulty, seed=settings.seed)
     done = 0
@@ -251,7 +253,9 @@ def _optimizers(model: Any, settings: WarmStart) -> list[torch.optim.Optimizer]:
     for name, parameter in model.named_parameters():
         (matrices if parameter.ndim == 2 and "embed" not in name else others).append(parameter)
     return [
-        torch.optim.Muon([{"params": matrices, "peak": settings.matrix_rate}], weight_decay=0.01),
+        torch.optim.Muon(
+            [{"params": matrices, "peak": settings.matrix_rate}], weight_decay=0.01, ns_steps=3
+        ),
         torch.optim.AdamW([{"params": others, "peak": settings.other_rate}], weight_decay=0.0),
     ]
 

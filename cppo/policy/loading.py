@@ -103,6 +103,7 @@ def load(
             f"model {source!r} cannot be loaded: {error}. Give a folder that `save_pretrained` "
             "wrote, the id of a model on the Hub, or 'builtin'."
         ) from error
+    family.prepare(model)
     model.to(device)
     if freeze_vision:
         model.model.visual.requires_grad_(False)

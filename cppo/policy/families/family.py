@@ -27,6 +27,10 @@ class Family(Protocol):
     def load_image_processor(folder: str | Path, limits: Mapping[str, int]) -> Any:
         """The image processor saved at `folder`, without torchvision. `limits`: pixel counts."""
 
+    @staticmethod
+    def prepare(model: Any) -> None:
+        """Makes a freshly loaded model ready, without changing what it computes or saves."""
+
     def pixels(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
         """Patches (patches, values) of all images, and their grids (N, 3)."""
 

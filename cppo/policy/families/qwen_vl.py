@@ -13,10 +13,27 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from cppo.policy.families.family import Features
 
 PLACEHOLDERS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+
+
+class PatchProjection(nn.Module):
+    """The patch embedding as one matrix product.
+
+    Its convolution's kernel is its stride, so that each output sees one patch: the same sum, but
+    convolution kernels take about nine times as long for it (on a CPU, measured at 3,072 patches).
+    """
+
+    def __init__(self, convolution: nn.Conv3d) -> None:
+        super().__init__()
+        self.proj = convolution  # under its old name: saved models stay the same
+
+    def forward(self, patches: Tensor) -> Tensor:
+        weight = self.proj.weight.flatten(1)
+        return linear(patches.to(weight.dtype), weight, self.proj.bias)
 
 
 class QwenVL:
@@ -32,6 +49,11 @@ class QwenVL:
         from transformers import Qwen2VLImageProcessorPil
 
         return Qwen2VLImageProcessorPil.from_pretrained(folder, **limits)
+
+    @staticmethod
+    def prepare(model: Any) -> None:
+        tower = model.model.visual
+        tower.patch_embed = PatchProjection(tower.patch_embed.proj)
 
     def pixels(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
         made = self._image_processor(list(images), return_tensors="pt")

@@ -1,0 +1,63 @@
+"""Shared fixtures: small real models, saved as folders and loaded again; nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cppo.builtin import ShapesTask
+from cppo.builtin.policy import IMAGE_PIXELS, build_model, build_tokenizer
+from cppo.policy import Policy, load
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """The built-in architecture with random weights."""
+    from transformers import Qwen2VLImageProcessorPil
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    model = build_model(tokenizer, seed=1)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    for part in (model, tokenizer, Qwen2VLImageProcessorPil(**IMAGE_PIXELS)):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_policy(tiny_folder: Path) -> Policy:
+    """A fresh copy for each test, in float32 on the CPU."""
+    return load(str(tiny_folder), dtype=torch.float32, attention="sdpa")
+
+
+@pytest.fixture(scope="session")
+def puzzles() -> ShapesTask:
+    return ShapesTask(split="train", size=1000, seed=3)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Callable[[str], Path]:
+    """The folder of a real data set; skips, naming the path, where it is absent."""
+
+    def find(name: str) -> Path:
+        folder = SHARED_DATA / name
+        if not folder.exists():
+            pytest.skip(f"real data not found at {folder}")
+        return folder
+
+    return find
