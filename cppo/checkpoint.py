@@ -38,17 +38,19 @@ def write(
     The `keep` newest are kept. Returns the checkpoint's folder.
     """
     folder, scratch = root / f"step-{step:06d}", root / f"writing-{step:06d}"
-    shutil.rmtree(scratch, ignore_errors=True)
+    for abandoned in root.glob("writing-*"):
+        shutil.rmtree(abandoned, ignore_errors=True)
     scratch.mkdir(parents=True)
     save(scratch)
     files = {str(path.relative_to(scratch)): _digest(path) for path in _files(scratch)}
     manifest = {"step": step, "state": dict(state), "files": files}
     (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in _files(scratch):
+    for path in (*_files(scratch), scratch / MANIFEST):
         _flush(path)
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
-    for old in _folders(root)[:-keep]:
+    # Later ones are damaged, or this run would have gone on from them: they replace none.
+    for old in [path for path in _folders(root) if _step_of(path) <= step][:-keep]:
         shutil.rmtree(old)
     return folder
 
@@ -65,7 +67,12 @@ def newest(root: Path) -> Checkpoint | None:
 
 
 def _folders(root: Path) -> list[Path]:
-    return sorted(path for path in root.glob("step-*") if path.is_dir())
+    return sorted((path for path in root.glob("step-*") if path.is_dir()), key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    number = folder.name.removeprefix("step-")
+    return int(number) if number.isdecimal() else -1
 
 
 def _files(folder: Path) -> list[Path]:
@@ -74,9 +81,10 @@ def _files(folder: Path) -> list[Path]:
 
 def _damage(folder: Path) -> str | None:
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"{MANIFEST}: {error}"
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files, _, _ = (manifest[key] for key in ("files", "step", "state"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST}: {type(error).__name__}: {error}"
     for name, digest in files.items():
         path = folder / name
         if not path.is_file():

@@ -11,9 +11,10 @@ import itertools
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from cppo.config import BUILTIN, EvalConfig, PerturbConfig, TrainConfig, check
 
@@ -24,13 +25,14 @@ def train(arguments: Sequence[str]) -> int:
     """Fine-tune a vision-language model by reinforcement learning."""
     extra = {
         "resume": (str | None, None, "Run folder to go on with, from its newest checkpoint."),
+        "print-config": (bool, False, "Print all settings as YAML, in place of a run."),
     }
     parsed = _parse("train", TrainConfig, arguments, extra=extra)
     if parsed is None:
         return 0
     config, options = parsed
     check(config)
-    if "--print-config" in arguments:
+    if options["print-config"]:
         print(_resolved(config))
         return 0
     folder = _run_folder(config, options["resume"])
@@ -72,7 +74,7 @@ def perturb(arguments: Sequence[str]) -> int:
     parsed = _parse("perturb", PerturbConfig, arguments, positional="image")
     if parsed is None:
         return 0
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     from cppo.perturb import contact_sheet
 
@@ -80,10 +82,13 @@ def perturb(arguments: Sequence[str]) -> int:
     try:
         with Image.open(config.image) as image:
             sheet = contact_sheet(image, config.seed, draws=config.draws)
-    except (OSError, UnidentifiedImageError) as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{config.image!r} is no image that can be read: {error}") from error
     output = Path(config.output or f"{Path(config.image).stem}-perturbed.png")
-    sheet.save(output)
+    try:
+        sheet.save(output)
+    except OSError as error:
+        raise ValueError(f"{str(output)!r} cannot be written: {error}") from error
     print(f"{output}: {sheet.width} x {sheet.height} pixels")
     return 0
 
@@ -152,52 +157,71 @@ def _parse(
 
     extra = extra or {}
     parser = ArgumentParser(
-        prog=f"cppo {command}", description=COMMANDS[command].__doc__, exit_on_error=False
+        prog=f"cppo {command}",
+        description=COMMANDS[command].__doc__,
+        exit_on_error=False,
+        print_config=None,
     )
     if positional:
         parser.add_argument(positional, type=str, help="Path of the image.")
     else:
         parser.add_argument("--config", action="config", help="YAML file of settings.")
     for name, (kind, default, text) in extra.items():
-        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+        how = {"action": "store_true"} if kind is bool else {"type": kind, "default": default}
+        parser.add_argument(f"--{name}", dest=name, help=text, **how)
     parser.add_class_arguments(config, skip={positional} if positional else set())
     if any(argument in ("-h", "--help") for argument in arguments):
         parser.print_help()
         return None
-    given = [argument for argument in arguments if argument != "--print-config"]
+    given = list(arguments)
     resumed = _values_of(given, "--resume")
     if resumed:
         given = ["--config", str(Path(resumed[-1]) / "config.yaml"), *given]
-    known = list(_flatten(parser.get_defaults().as_dict()))
+    others = {"config", *extra}
+    known = [name for name, _ in _flatten(parser.get_defaults().as_dict()) if name not in others]
     for argument in given:
         if argument.startswith("--"):
-            _check_key(argument[2:].split("=")[0], known, "option")
+            _check_key(argument[2:].split("=")[0], [*known, *others], "option")
     given, method_options = _split_off(given, "--method_options.")
     for path in _values_of(given, "--config"):
-        for key in _flatten(_read_settings(path)):
+        for key, value in _flatten(_read_settings(path)):
             _check_key(key, known, f"{path}: the setting")
+            if _is_section(key, known) and value != {}:
+                raise ValueError(f"{path}: {key} is {value!r}; it must be a mapping of settings")
     try:
         values = parser.parse_args(given)
-        if config is TrainConfig and values.model == "builtin":
-            parser.set_defaults(dict(BUILTIN))
+        if values.get("model") == "builtin":
+            parser.set_defaults({name: value for name, value in BUILTIN.items() if name in known})
             values = parser.parse_args(given)
     except ArgumentError as error:
         raise ValueError(" ".join(str(error).split())) from error
     options = {name: values.pop(name) for name in extra}
     values.pop("config", None)
-    for path, value in method_options:
-        _put(values["method_options"], path, value)
-    made = parser.instantiate_classes(values)
-    return config(**vars(made)), options
+    for keys, value in method_options:
+        _put(values["method_options"], keys, value)
+    return _build(config, values.as_dict()), options
+
+
+def _build(kind: Any, values: Mapping[str, Any]) -> Any:
+    """A dataclass from its values, its sections among them."""
+    types = get_type_hints(kind)
+    return kind(
+        **{
+            name: _build(types[name], value) if is_dataclass(types[name]) else value
+            for name, value in values.items()
+        }
+    )
 
 
 def _check_key(key: str, known: list[str], what: str) -> None:
     """Raises ValueError for a setting that is not known, naming the nearest."""
-    parts = key.split(".")
-    inner = any(name.startswith(f"{key}.") for name in known)
-    if key in known or inner or parts[0] == "method_options":
+    if key in known or _is_section(key, known) or key.split(".")[0] == "method_options":
         return
     raise ValueError(f"{what} {key!r} is not known{_nearest(key, known)}")
+
+
+def _is_section(key: str, known: list[str]) -> bool:
+    return any(name.startswith(f"{key}.") for name in known)
 
 
 def _nearest(given: str, known: list[str]) -> str:
@@ -211,7 +235,7 @@ def _read_settings(path: str) -> dict[str, Any]:
     import yaml
 
     try:
-        loaded = yaml.safe_load(Path(path).read_text())
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"settings {path!r} cannot be read: {error}") from error
     if not isinstance(loaded, dict):
@@ -219,12 +243,12 @@ def _read_settings(path: str) -> dict[str, Any]:
     return loaded
 
 
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in settings.items():
         if isinstance(value, Mapping) and value and key != "method_options":
             yield from _flatten(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}"
+            yield f"{prefix}{key}", value
 
 
 def _values_of(arguments: Sequence[str], flag: str) -> list[str]:
@@ -262,6 +286,8 @@ def _scalar(text: str) -> Any:
 def _put(settings: dict[str, Any], path: Sequence[str], value: Any) -> None:
     for key in path[:-1]:
         settings = settings.setdefault(key, {})
+        if not isinstance(settings, dict):
+            raise ValueError(f"method_options: {key} is {settings!r}, which has no {path[-1]!r}")
     settings[path[-1]] = value
 
 

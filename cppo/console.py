@@ -48,10 +48,11 @@ class Console:
     """Progress bars with the time left, and tables; silent where not `active`."""
 
     def __init__(self, *, active: bool = True) -> None:
-        self.rich = RichConsole(quiet=not active, highlight=False)
+        # What is said holds names of files and rows of data: none of it is markup.
+        self.rich = RichConsole(quiet=not active, highlight=False, markup=False, emoji=False)
 
     def say(self, text: str) -> None:
-        self.rich.print(text)
+        self.rich.print(text, soft_wrap=True)  # a command or a path stays whole, to be copied
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[int, str], None]]:

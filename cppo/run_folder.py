@@ -28,6 +28,7 @@ class RunFolder:
     def __init__(self, path: Path, *, active: bool = True) -> None:
         self.path, self._active = path, active
         self._board: Any = None
+        self._purged_from: int | None = None  # in TensorBoard's log
         if active:
             path.mkdir(parents=True, exist_ok=True)
 
@@ -46,7 +47,7 @@ class RunFolder:
     def write_config(self, settings: Mapping[str, Any]) -> None:
         if self._active:
             text = yaml.safe_dump(_plain(settings), sort_keys=False)
-            (self.path / "config.yaml").write_text(text)
+            (self.path / "config.yaml").write_text(text, encoding="utf-8")
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         if self._active:
@@ -69,11 +70,14 @@ class RunFolder:
         """Drops what was logged after `step`, from a run that is being resumed there."""
         if not self._active:
             return
+        self._purged_from = step + 1
         for name in ("metrics.jsonl", "evaluation.jsonl", "samples.jsonl"):
             path = self.path / name
             if path.exists():
-                lines = path.read_text().splitlines(keepends=True)
-                path.write_text("".join(line for line in lines if _step_of(line) <= step))
+                # Not splitlines: responses may hold line separators that JSON leaves as they are.
+                lines = path.read_text(encoding="utf-8").split("\n")
+                kept = [line for line in lines if _step_of(line) <= step]
+                path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def close(self) -> None:
         if self._board is not None:
@@ -81,7 +85,7 @@ class RunFolder:
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         if self._active:
-            with (self.path / name).open("a") as file:
+            with (self.path / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(_plain(record), ensure_ascii=False) + "\n")
 
     def _plot(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -90,7 +94,9 @@ class RunFolder:
         if self._board is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self.path / "tensorboard"))  # type: ignore[no-untyped-call]
+            self._board = SummaryWriter(
+                str(self.path / "tensorboard"), purge_step=self._purged_from
+            )
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
 
@@ -98,7 +104,7 @@ class RunFolder:
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return math.inf  # a line cut short when the process died
 
 

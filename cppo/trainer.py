@@ -107,7 +107,8 @@ class Trainer:
             gather=self._gather,
         )
         self.held_out = self._hold_out()
-        self.step, self.bad_steps, self.before = 0, 0, None
+        self.step, self.bad_steps = 0, 0
+        self.before: list[list[float]] | None = None
         self.feed_state = self.feed.state()
         if resume:
             self._resume()
@@ -236,7 +237,7 @@ class Trainer:
         reference's where the method holds on to it."""
         if not any(self._gather([bool(samples)])):
             return samples
-        known: dict[str, list[torch.Tensor]] = {}
+        known: dict[str, list[Any]] = {}
         if stale:
             known["old_logprobs"] = self.updater.score_without_gradient(samples)
         if self.method.reference_kl:

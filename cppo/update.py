@@ -173,16 +173,13 @@ class Updater:
         )
         by_view = {
             name: Scores(
-                logprobs=_spread(
-                    scores.logprobs[start : start + len(having), :width], having, count
-                ),
-                entropy=_spread(scores.entropy[start : start + len(having), :width], having, count),
+                logprobs=_spread(scores.logprobs, start, having, seen.logprobs),
+                entropy=_spread(scores.entropy, start, having, seen.entropy),
             )
             for name, (start, having) in places.items()
         }
-        return replace(
-            self._unscored(samples), seen=seen, views=by_view, **self._olds(samples, seen)
-        )
+        known = self._known(samples, seen)
+        return replace(self._unscored(samples), seen=seen, views=by_view, **known)
 
     def _unscored(self, samples: Sequence[Sample]) -> Tokens:
         """Tokens of samples as far as they are known without the policy."""
@@ -198,39 +195,39 @@ class Updater:
             seen=Scores(logprobs=zeros, entropy=zeros),
         )
 
-    def _olds(self, samples: Sequence[Sample], seen: Scores) -> dict[str, Tensor | None]:
-        width = seen.logprobs.shape[1]
+    def _known(self, samples: Sequence[Sample], seen: Scores) -> dict[str, Any]:
+        """The log-probabilities of other policies that samples bring along.
 
-        def stacked(rows: list[Tensor | None]) -> Tensor | None:
-            if any(row is None for row in rows):
-                return None
-            padded = [pad(row, (0, width - len(row))) for row in rows if row is not None]
-            return torch.stack(padded).to(seen.logprobs)
+        Where a sample brings no old ones, and on idle samples, the policy as it is stands in.
+        """
+        now = seen.logprobs.detach()
 
-        old = stacked([sample.old_logprobs for sample in samples])
+        def filled(given: list[Tensor | None]) -> Tensor:
+            if all(row is None for row in given):
+                return now
+            brought = torch.tensor([row is not None for row in given], device=now.device)
+            rows = [now.new_zeros(0, device="cpu") if row is None else row for row in given]
+            padded = torch.stack([pad(row, (0, now.shape[1] - len(row))) for row in rows])
+            return torch.where(brought[:, None], padded.to(now), now)
+
+        references = [sample.reference_logprobs for sample in samples]
+        missing = any(s.reference_logprobs is None and not s.idle for s in samples)
         return {
-            "old_logprobs": seen.logprobs.detach() if old is None else old,
-            "reference_logprobs": stacked([sample.reference_logprobs for sample in samples]),
+            "old_logprobs": filled([sample.old_logprobs for sample in samples]),
+            "reference_logprobs": None if missing else filled(references),
         }
 
     def _denominators(self, plans: Sequence[Plan]) -> dict[str, Tensor]:
         """What each average divides by: its units over all micro-batches and processes."""
-        first = plans[0].averages
-        counts = torch.stack(
-            [
-                sum(
-                    (count_units(p.averages[n].mask, a.mode) for p in plans),
-                    torch.zeros((), device=self._device),
-                )
-                for n, a in first.items()
-            ]
-        )
-        totals = self._sum(counts.float())
-        lengths = {"sequence-sum-norm": self._max_new_tokens}
-        return {
-            name: total * lengths.get(average.mode, 1)
-            for (name, average), total in zip(first.items(), totals, strict=True)
-        }
+        names = list(plans[0].averages)
+        counts = [sum(self._units(plan.averages[name]) for plan in plans) for name in names]
+        totals = self._sum(torch.stack([torch.as_tensor(count) for count in counts]).float())
+        return dict(zip(names, totals, strict=True))
+
+    def _units(self, average: Average) -> Tensor:
+        """What this average alone divides by."""
+        longest = self._max_new_tokens if average.mode == "sequence-sum-norm" else 1
+        return count_units(average.mask, average.mode) * longest
 
     def _loss(
         self,
@@ -244,10 +241,10 @@ class Updater:
         total = torch.zeros((), device=self._device)
         for name, term in self._method.terms(tokens, plan).items():
             average = plan.averages[name]
-            divisor: Tensor | None = denominators[name]
-            share = 1.0
+            divisor, share = denominators[name], 1.0
             if self._method.average_over == "micro-batch":
-                divisor, share = None, 1.0 / (micro_batches * self._processes.num_processes)
+                divisor = self._units(average)
+                share = 1.0 / (micro_batches * self._processes.num_processes)
             value = share * aggregate(
                 term.per_token, average.mask, average.mode, denominator=divisor
             )
@@ -289,10 +286,11 @@ def _rows(samples: Sequence[Sample]) -> list[Row]:
     return [Row(prompt=s.prompt, pixels=s.prompt.pixels, response=s.ids) for s in samples]
 
 
-def _spread(scored: Tensor, places: Sequence[int], count: int) -> Tensor:
-    """Rows put back to their places among `count`, zeros elsewhere."""
-    empty = scored.new_zeros((count, scored.shape[1]))
-    return empty.index_copy(0, torch.tensor(places, dtype=torch.long, device=scored.device), scored)
+def _spread(scored: Tensor, start: int, places: Sequence[int], like: Tensor) -> Tensor:
+    """The rows from `start` on, put to their places in the shape of `like`; zeros elsewhere."""
+    rows = scored[start : start + len(places), : like.shape[1]]
+    index = torch.tensor(places, dtype=torch.long, device=scored.device)
+    return torch.zeros_like(like).index_copy(0, index, rows)
 
 
 def _detached(tokens: Tokens) -> Tokens:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,15 +74,26 @@ class ShapesTask:
     def read(self, index: int) -> Item:
         return self.puzzle(index).item
 
-    def puzzle(self, index: int, *, draw: bool = True) -> Puzzle:
-        """Puzzle `index`; without its picture, in a fraction of the time, where not `draw`."""
+    def puzzle(self, index: int, *, draw: bool = True, misread: float = 0.0) -> Puzzle:
+        """Puzzle `index`; without its picture, in a fraction of the time, where not `draw`.
+
+        With `misread`, the solution is a careless reader's: each word it reads is another one with
+        this probability, and it reasons on from what it read. The item is the same.
+        """
         if not 0 <= index < self.size:
             raise IndexError(f"puzzle {index} asked for; the {self.split} split holds {self.size}")
         rng = np.random.default_rng([self.seed, int(self.split == "eval"), self.difficulty, index])
         rows, columns = GRIDS[self.difficulty]
         cells = self._draw_layout(rng, rows * columns)
         kind = tuple(ASK)[index % len(ASK)]
-        question, reasoning, answer = ASK[kind](rng, cells, columns)
+        place = int(rng.integers(2**63))  # both readers are asked the same question
+
+        def ask(seen: list[Cell]) -> tuple[str, str, str]:
+            return ASK[kind](np.random.default_rng(place), cells, seen, columns)
+
+        question, _, answer = ask(cells)
+        seen = _misread(rng, cells, misread)
+        _, reasoning, conclusion = ask(seen)
         item = Item(
             row=f"{self.split}:{index}",
             images=(render(cells, columns, rng),) if draw else (),
@@ -90,7 +101,7 @@ class ShapesTask:
             answer=answer,
             kind=kind,
         )
-        return Puzzle(item=item, solution=_solution(cells, reasoning, answer))
+        return Puzzle(item=item, solution=_solution(seen, reasoning, conclusion))
 
     def _draw_layout(self, rng: np.random.Generator, cells: int) -> list[Cell]:
         names = list(COLOURS)
@@ -104,6 +115,15 @@ class ShapesTask:
                 return layout
 
 
+def _misread(rng: np.random.Generator, cells: list[Cell], share: float) -> list[Cell]:
+    def read(word: str, words: Sequence[str]) -> str:
+        if rng.random() >= share:
+            return word
+        return str(rng.choice([other for other in words if other != word]))
+
+    return [(read(colour, list(COLOURS)), read(shape, SHAPES)) for colour, shape in cells]
+
+
 def _solution(cells: list[Cell], reasoning: str, answer: str) -> tuple[Span, ...]:
     spans = [Span(text="<think>", perception=False)]
     for number, (colour, shape) in enumerate(cells, start=1):
@@ -115,13 +135,16 @@ def _solution(cells: list[Cell], reasoning: str, answer: str) -> tuple[Span, ...
     return tuple(spans)
 
 
-# --- questions: (rng, cells, columns) -> question, reasoning, answer ---------------------------
+# --- questions: (rng, cells, seen, columns) -> question, reasoning, answer ---------------------
+# The question is about the cells as they are; reasoning and answer go by what was seen of them.
 
 
-def _next_to(rng: np.random.Generator, cells: list[Cell], columns: int) -> tuple[str, str, str]:
+def _next_to(
+    rng: np.random.Generator, cells: list[Cell], seen: list[Cell], columns: int
+) -> tuple[str, str, str]:
     """Geometry, then looking up: what is right of, or below, a numbered shape?"""
     words, start, end = _neighbours(rng, len(cells), columns)
-    colour, shape = cells[end]
+    colour, shape = seen[end]
     return (
         f"What is {words} shape {start + 1}?",
         f"{words} {start + 1} is {end + 1} {colour} {shape}.",
@@ -129,15 +152,19 @@ def _next_to(rng: np.random.Generator, cells: list[Cell], columns: int) -> tuple
     )
 
 
-def _described(rng: np.random.Generator, cells: list[Cell], columns: int) -> tuple[str, str, str]:
+def _described(
+    rng: np.random.Generator, cells: list[Cell], seen: list[Cell], columns: int
+) -> tuple[str, str, str]:
     """Finding, geometry, looking up: what is next to a shape that is described, not numbered?"""
     for _ in range(20):
         words, start, end = _neighbours(rng, len(cells), columns)
         if cells.count(cells[start]) == 1:
             break
     else:
-        return _next_to(rng, cells, columns)  # a picture of equal shapes describes none of them
-    (colour, shape), (found_colour, found_shape) = cells[start], cells[end]
+        return _next_to(
+            rng, cells, seen, columns
+        )  # a picture of equal shapes describes none of them
+    (colour, shape), (found_colour, found_shape) = cells[start], seen[end]
     return (
         f"What is {words} the {colour} {shape}?",
         f"{colour} {shape} is {start + 1}, {words} {start + 1} is {end + 1} "
@@ -146,21 +173,25 @@ def _described(rng: np.random.Generator, cells: list[Cell], columns: int) -> tup
     )
 
 
-def _swap(rng: np.random.Generator, cells: list[Cell], _: int) -> tuple[str, str, str]:
+def _swap(
+    rng: np.random.Generator, cells: list[Cell], seen: list[Cell], _: int
+) -> tuple[str, str, str]:
     """Looking up twice, then recombining: one shape takes the colour of another."""
     first, second = (int(number) for number in rng.choice(len(cells), size=2, replace=False))
-    answer = f"{cells[second][0]} {cells[first][1]}"
+    answer = f"{seen[second][0]} {seen[first][1]}"
     return (
         f"Shape {first + 1} takes the colour of shape {second + 1}. What is it now?",
-        f"{second + 1} {cells[second][0]}, {first + 1} {cells[first][1]}: {answer}.",
+        f"{second + 1} {seen[second][0]}, {first + 1} {seen[first][1]}: {answer}.",
         answer,
     )
 
 
-def _reverse(rng: np.random.Generator, cells: list[Cell], _: int) -> tuple[str, str, str]:
+def _reverse(
+    rng: np.random.Generator, cells: list[Cell], seen: list[Cell], _: int
+) -> tuple[str, str, str]:
     """Looking up everything in another order: colours, or shapes, from the last to the first."""
     part = int(rng.integers(2))
-    found = [cell[part] for cell in reversed(cells)]
+    found = [cell[part] for cell in reversed(seen)]
     numbered = zip(range(len(cells), 0, -1), found, strict=True)
     return (
         f"Name the {('colours', 'shapes')[part]} from the last to the first.",
@@ -181,7 +212,8 @@ def _neighbours(rng: np.random.Generator, cells: int, columns: int) -> tuple[str
 
 # The answers of every kind have many values: a guess hardly ever earns a reward, so that rewards
 # reinforce reading. (With yes-or-no questions and counts, training unlearned to read.)
-ASK: dict[str, Callable[[np.random.Generator, list[Cell], int], tuple[str, str, str]]] = {
+Ask = Callable[[np.random.Generator, list[Cell], list[Cell], int], tuple[str, str, str]]
+ASK: dict[str, Ask] = {
     "next_to": _next_to,
     "described": _described,
     "swap": _swap,

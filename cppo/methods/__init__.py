@@ -51,4 +51,15 @@ def _nearest(given: str, known: list[str]) -> str:
     return f"{hint} Known: {', '.join(sorted(known))}"
 
 
-__all__ = ["METHODS", "Average", "Plan", "Scores", "Term", "Tokens", "View", "build"]
+__all__ = [
+    "CPPO",
+    "GRPO",
+    "METHODS",
+    "Average",
+    "Plan",
+    "Scores",
+    "Term",
+    "Tokens",
+    "View",
+    "build",
+]

@@ -85,15 +85,19 @@ class GRPO:
             terms["reference_kl"] = Term(per_token=drift, weight=self.reference_kl)
         return terms
 
-    def policy_loss(self, tokens: Tokens, plan: Plan) -> Tensor:
-        """The clipped surrogate, (B, T)."""
-        loss = clipped_surrogate(
+    def surrogate(self, tokens: Tokens, plan: Plan) -> Tensor:
+        """The clipped policy-gradient loss, (B, T)."""
+        return clipped_surrogate(
             tokens.seen.logprobs,
             tokens.old_logprobs,
             plan.advantages,
             low=self.clip_low,
             high=self.clip_high,
         )
+
+    def policy_loss(self, tokens: Tokens, plan: Plan) -> Tensor:
+        """The surrogate, bounded where the dual clip is on, (B, T)."""
+        loss = self.surrogate(tokens, plan)
         if self.dual_clip is None:
             return loss
         bound = -plan.advantages * self.dual_clip

@@ -19,7 +19,7 @@ class GSPO(GRPO):
     clip_high: float = 4e-4
     aggregation: Aggregation = "sequence-mean"
 
-    def policy_loss(self, tokens: Tokens, plan: Plan) -> Tensor:
+    def surrogate(self, tokens: Tokens, plan: Plan) -> Tensor:
         return sequence_surrogate(
             tokens.seen.logprobs,
             tokens.old_logprobs,

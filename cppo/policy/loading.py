@@ -10,18 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cppo.policy.families import Family, family_of
 
 logger = logging.getLogger(__name__)
+
+# Adapters of weights that are read directly: by the scoring kernel, and by PatchProjection.
+UNADAPTABLE = ("lm_head.lora_A", "patch_embed.proj.lora_A")
 
 
 @dataclass(kw_only=True, eq=False)
 class Policy:
     """A model with all that is needed to write prompts for it and to read its responses."""
 
-    model: nn.Module  # what is trained and saved; with LoRA, the model within its adapters
+    model: Any  # what is trained and saved; with LoRA, the model within its adapters
     family: Family
     tokenizer: Any
     image_processor: Any
@@ -51,7 +54,7 @@ class Policy:
     def without_adapters(self) -> Iterator[None]:
         """The starting policy, where LoRA trains only adapters."""
         assert self.has_adapters
-        with self.model.disable_adapter():  # type: ignore[operator]
+        with self.model.disable_adapter():
             yield
 
     @contextlib.contextmanager
@@ -86,8 +89,10 @@ def load(
         freeze_vision: Keep the vision tower as it is.
         lora: Settings of peft's LoraConfig; None trains all weights.
 
-    Raises ValueError where the source does not exist, or is not of a supported family.
+    Raises ValueError where the source does not exist, lacks weights, or is not of a supported
+    family; and where adapters are asked for on a weight that is read past them.
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
     try:
@@ -95,14 +100,19 @@ def load(
         family = family_of(config.model_type)
         tokenizer = AutoTokenizer.from_pretrained(source)
         image_processor = family.load_image_processor(source, dict(pixel_limits or {}))
-        model = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=dtype, attn_implementation=attention
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            source, dtype=dtype, attn_implementation=attention, output_loading_info=True
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(
             f"model {source!r} cannot be loaded: {error}. Give a folder that `save_pretrained` "
             "wrote, the id of a model on the Hub, or 'builtin'."
         ) from error
+    if missing := sorted(report["missing_keys"]):  # transformers would go on with random ones
+        raise ValueError(
+            f"model {source!r} lacks {len(missing)} of its weights, {missing[0]} among them: its "
+            "files are incomplete, copy or download them again."
+        )
     family.prepare(model)
     model.to(device)
     if freeze_vision:
@@ -143,14 +153,18 @@ def frozen_copy(policy: Policy) -> Policy:
     return Policy(**{**vars(policy), "model": model})
 
 
-def _adapt(model: Any, lora: Mapping[str, Any], freeze_vision: bool) -> nn.Module:
+def _adapt(model: Any, lora: Mapping[str, Any], freeze_vision: bool) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    if model.is_gradient_checkpointing:
-        model.enable_input_require_grads()  # frozen embeddings would cut the gradient's path
     if freeze_vision:
         lora = {**lora, "exclude_modules": r".*\bvisual\b.*"}
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+    for name, _ in adapted.named_modules():
+        if name.endswith(UNADAPTABLE):
+            raise ValueError(
+                f"LoRA cannot adapt {name.removesuffix('.lora_A')}, whose weight is read past its "
+                "adapters: leave it out of policy.lora_targets ('all-linear' does)."
+            )
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     logger.info("LoRA: %s trainable parameters", f"{trainable:,}")
     return adapted
@@ -159,7 +173,7 @@ def _adapt(model: Any, lora: Mapping[str, Any], freeze_vision: bool) -> nn.Modul
 def _merged(policy: Policy) -> Any:
     import copy
 
-    return copy.deepcopy(policy.model).merge_and_unload()  # type: ignore[operator]
+    return copy.deepcopy(policy.model).merge_and_unload()
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:

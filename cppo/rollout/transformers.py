@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,9 +47,11 @@ def generate(
 ) -> Iterator[list[Response]]:
     """Yields `sampling.responses` responses for each prompt, in order."""
     step = max(1, sampling.batch_responses // sampling.responses)
-    with policy.evaluating():
-        for start in range(0, len(prompts), step):
-            yield from _sample(policy, prompts[start : start + step], sampling, generator)
+    for start in range(0, len(prompts), step):
+        # A generator that yielded within would leave its caller without gradients meanwhile.
+        with policy.evaluating():
+            groups = _sample(policy, prompts[start : start + step], sampling, generator)
+        yield from groups
 
 
 def _sample(
@@ -110,7 +113,7 @@ def _sample(
     return [responses[start : start + repeats] for start in range(0, count, repeats)]
 
 
-def _prefill(policy: Policy, prompts: Sequence[Prompt]) -> tuple[Tensor, object, Tensor | None]:
+def _prefill(policy: Policy, prompts: Sequence[Prompt]) -> tuple[Tensor, Any, Tensor | None]:
     """Runs each prompt once. Returns the last hidden states (P, D), the cache and the mask."""
     device = policy.device
     longest = max(len(prompt.ids) for prompt in prompts)

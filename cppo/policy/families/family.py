@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 Features = Sequence[Tensor]  # one (levels, tokens, D) tensor an image
 
@@ -37,15 +37,15 @@ class Family(Protocol):
     def tokens_per_image(self, grids: Tensor) -> list[int]:
         """How many image tokens each grid makes."""
 
-    def positions(self, model: nn.Module, ids: Tensor, grids: Tensor) -> tuple[Tensor, int]:
+    def positions(self, model: Any, ids: Tensor, grids: Tensor) -> tuple[Tensor, int]:
         """Positions (axes, L) of a prompt's ids (L,), and the position after its last."""
 
-    def encode(self, model: nn.Module, pixels: Tensor, grids: Tensor) -> Features:
+    def encode(self, model: Any, pixels: Tensor, grids: Tensor) -> Features:
         """One pass of the vision tower over all the images."""
 
     def hidden_states(
         self,
-        model: nn.Module,
+        model: Any,
         ids: Tensor,
         positions: Tensor,
         image_mask: Tensor | None,

@@ -60,25 +60,25 @@ class QwenVL:
         return made["pixel_values"], made["image_grid_thw"]
 
     def tokens_per_image(self, grids: Tensor) -> list[int]:
-        return (grids.prod(-1) // self._merged).tolist()
+        return [int(patches) // self._merged for patches in grids.prod(-1)]
 
-    def positions(self, model: nn.Module, ids: Tensor, grids: Tensor) -> tuple[Tensor, int]:
+    def positions(self, model: Any, ids: Tensor, grids: Tensor) -> tuple[Tensor, int]:
         # Left out, mm_token_type_ids would silently give one-dimensional positions.
         kinds = (ids == self.image_token).int()
         found, _ = model.model.get_rope_index(ids[None], kinds[None], image_grid_thw=grids)
         return found[:, 0], int(found.max()) + 1
 
-    def encode(self, model: nn.Module, pixels: Tensor, grids: Tensor) -> Features:
+    def encode(self, model: Any, pixels: Tensor, grids: Tensor) -> Features:
         tower = model.model.visual
         seen = tower(pixels.to(tower.dtype), grid_thw=grids, return_dict=True)
         levels = torch.stack(
             [seen.pooler_output, *(getattr(seen, "deepstack_features", None) or ())]
         )
-        return levels.split(self.tokens_per_image(grids), dim=1)
+        return torch.split(levels, self.tokens_per_image(grids), dim=1)
 
     def hidden_states(
         self,
-        model: nn.Module,
+        model: Any,
         ids: Tensor,
         positions: Tensor,
         image_mask: Tensor | None,

@@ -1,0 +1,579 @@
+"""Laws of the policy: what it computes is what the unmodified transformers model computes.
+
+R rows, T response tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import (
+    FAMILIES,
+    ITEMS,
+    make_item,
+    make_prompt,
+    picture,
+    random_response,
+    randomise,
+    save_family,
+)
+from torch import Tensor, nn
+
+from cppo.data import BadRow, Item
+from cppo.device import Backend, choose
+from cppo.methods import Scores, View
+from cppo.policy import Policy, Row, Scorer, encode_view, load, save
+from cppo.policy.loading import frozen_copy
+
+TEMPERATURE = 0.7
+LORA = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear"}
+
+
+@pytest.fixture(scope="session")
+def backend() -> Backend:
+    return choose("cpu")
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def folder(request: Any, tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    return save_family(request.param, tmp_path_factory.mktemp(request.param), tokenizer)
+
+
+@pytest.fixture
+def policy(folder: Path) -> Policy:
+    return load_float32(folder)
+
+
+def load_float32(folder: Path, **options: Any) -> Policy:
+    return load(str(folder), dtype=torch.float32, attention="sdpa", **options)
+
+
+def make_rows(policy: Policy) -> list[Row]:
+    """Groups of 1, 4 and 2 responses; one response of the second group sees other pixels."""
+    rows = []
+    for item, lengths in zip(ITEMS, ([5], [3, 9, 1, 6], [7, 2]), strict=True):
+        prompt = make_prompt(policy, item)
+        for length in lengths:
+            response = random_response(policy, length, seed=len(rows))
+            rows.append(Row(prompt=prompt, pixels=prompt.pixels, response=response))
+    view = View(name="dark", perturbations={"rotation": {}, "gaussian_noise": {}})
+    other = encode_view(policy, rows[3].prompt, view, seed=1, step=0)
+    rows[3] = Row(prompt=rows[3].prompt, pixels=other, response=rows[3].response)
+    rows[2], rows[6] = rows[6], rows[2]  # groups need not be contiguous
+    return rows
+
+
+# --- the truth: unmodified transformers, one row at a time -------------------------------------
+
+
+def load_truth(folder: Path) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+
+
+def true_inputs(folder: Path, item: Item) -> dict[str, Tensor]:
+    """A prompt as the model's documentation makes it: image tokens repeated in the text."""
+    from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+    made = [processor([image], return_tensors="pt") for image in item.images]
+    question = item.question + " Think first."
+    for image in made:
+        tokens = "<|image_pad|>" * (int(image["image_grid_thw"].prod()) // 4)
+        question = question.replace("<image>", f"<|vision_start|>{tokens}<|vision_end|>", 1)
+    text = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    return {
+        "input_ids": ids,
+        "mm_token_type_ids": (ids == tokenizer.convert_tokens_to_ids("<|image_pad|>")).int(),
+        "pixel_values": torch.cat([image["pixel_values"] for image in made]),
+        "image_grid_thw": torch.cat([image["image_grid_thw"] for image in made]),
+    }
+
+
+def true_logits(model: Any, inputs: dict[str, Tensor], response: Tensor) -> Tensor:
+    """Float logits that predict the response's tokens, (T, V)."""
+    prompt_length = inputs["input_ids"].shape[1]
+    inputs = dict(inputs, input_ids=torch.cat([inputs["input_ids"], response[None]], dim=1))
+    if "mm_token_type_ids" in inputs:
+        text = torch.zeros_like(response[None], dtype=torch.int)
+        inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], text], dim=1)
+    return model(**inputs, use_cache=False).logits[0, prompt_length - 1 : -1].float()
+
+
+def true_statistics(logits: Tensor, response: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    logprobs = (logits / temperature).log_softmax(-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, response[:, None])[:, 0], entropy
+
+
+def true_scores(
+    model: Any, folder: Path, rows: Sequence[Row], temperature: float = TEMPERATURE
+) -> list[tuple[Tensor, Tensor]]:
+    scores = []
+    for row in rows:
+        inputs = true_inputs(folder, row.prompt.item)
+        assert row.pixels.shape == inputs["pixel_values"].shape
+        if row.pixels is not row.prompt.pixels:
+            inputs["pixel_values"] = row.pixels
+        logits = true_logits(model, inputs, row.response)
+        scores.append(true_statistics(logits, row.response, temperature))
+    return scores
+
+
+def unpadded(scores: Scores, rows: Sequence[Row]) -> list[tuple[Tensor, Tensor]]:
+    return [
+        (scores.logprobs[index, : len(row.response)], scores.entropy[index, : len(row.response)])
+        for index, row in enumerate(rows)
+    ]
+
+
+def functional(scores: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """A random linear functional of all log-probabilities and entropies."""
+    generator = torch.Generator().manual_seed(11)
+    return sum(
+        (torch.randn(values.shape, generator=generator) * values).sum()
+        for pair in scores
+        for values in pair
+    )  # type: ignore[return-value]
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor | None]:
+    return {
+        name: None if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+    }
+
+
+def assert_same_gradients(
+    found: dict[str, Tensor | None], truth: dict[str, Tensor | None], relative: float = 1e-4
+) -> None:
+    assert found.keys() == truth.keys()
+    # A gradient that is zero by symmetry (of key biases) is rounding noise: measured by the whole.
+    whole = torch.stack([g.norm() for g in truth.values() if g is not None]).norm()
+    for name, gradient in truth.items():
+        assert gradient is not None, name
+        value = found[name]
+        assert value is not None, name
+        assert (value - gradient).norm() <= relative * gradient.norm() + 1e-6 * whole, name
+
+
+def assert_same_scores(
+    found: Sequence[tuple[Tensor, Tensor]],
+    truth: Sequence[tuple[Tensor, Tensor]],
+    tolerance: float = 1e-5,
+) -> None:
+    for row, truth_row in zip(found, truth, strict=True):
+        for values, truth_values in zip(row, truth_row, strict=True):
+            torch.testing.assert_close(values, truth_values, atol=tolerance, rtol=0)
+
+
+def score(policy: Policy, backend: Backend, rows: Sequence[Row]) -> list[tuple[Tensor, Tensor]]:
+    return unpadded(Scorer(policy, backend, temperature=TEMPERATURE)(rows), rows)
+
+
+def largest_difference(
+    one: Sequence[tuple[Tensor, Tensor]], other: Sequence[tuple[Tensor, Tensor]]
+) -> float:
+    return max((a[0] - b[0]).abs().max().item() for a, b in zip(one, other, strict=True))
+
+
+@contextmanager
+def counted(module: nn.Module) -> Iterator[list[int]]:
+    """The length of the first argument of each call of a module, under `with`."""
+    lengths: list[int] = []
+    hook = module.register_forward_pre_hook(lambda _, given: lengths.append(len(given[0])))
+    try:
+        yield lengths
+    finally:
+        hook.remove()
+
+
+# --- scoring -----------------------------------------------------------------------------------
+
+
+def test_scores_and_gradients_are_those_of_the_plain_model_row_by_row(
+    folder: Path, policy: Policy, backend: Backend
+) -> None:
+    rows, model = make_rows(policy), load_truth(folder).train()
+    truth = true_scores(model, folder, rows)
+    functional(truth).backward()
+    found = Scorer(policy, backend, temperature=TEMPERATURE)(rows)
+    functional(unpadded(found, rows)).backward()
+
+    assert_same_scores(unpadded(found, rows), truth)
+    assert_same_gradients(gradients(policy.model), gradients(model))
+    for index, row in enumerate(rows):
+        assert not found.logprobs[index, len(row.response) :].any()
+        assert not found.entropy[index, len(row.response) :].any()
+
+
+def test_prompts_hold_the_ids_pixels_and_grids_of_the_plain_recipe(
+    folder: Path, policy: Policy
+) -> None:
+    for item in ITEMS:
+        prompt, truth = make_prompt(policy, item), true_inputs(folder, item)
+        assert torch.equal(prompt.ids, truth["input_ids"][0])
+        assert torch.equal(prompt.image_mask, truth["mm_token_type_ids"][0].bool())
+        assert torch.equal(prompt.pixels, truth["pixel_values"])
+        assert torch.equal(prompt.grids, truth["image_grid_thw"])
+
+
+def test_one_dimensional_positions_would_be_noticed(
+    folder: Path, policy: Policy, backend: Backend
+) -> None:
+    row, model = make_rows(policy)[0], load_truth(folder)
+    with torch.no_grad():
+        inputs = true_inputs(folder, row.prompt.item)
+        length = inputs["input_ids"].shape[1] + len(row.response)
+        inputs["position_ids"] = torch.arange(length).expand(3, 1, length)
+        flat = true_statistics(true_logits(model, inputs, row.response), row.response, TEMPERATURE)
+        assert largest_difference(score(policy, backend, [row]), [flat]) > 0.01
+
+
+def test_pixels_move_the_scores(policy: Policy, backend: Backend) -> None:
+    row = make_rows(policy)[0]
+    blank = Row(prompt=row.prompt, pixels=torch.zeros_like(row.pixels), response=row.response)
+    with policy.evaluating():
+        seeing, blind = score(policy, backend, [row]), score(policy, backend, [blank])
+    assert largest_difference(seeing, blind) > 0.01
+
+
+def test_each_distinct_picture_passes_the_vision_tower_once_a_call(
+    policy: Policy, backend: Backend
+) -> None:
+    rows = make_rows(policy)
+    distinct = {id(row.pixels): len(row.pixels) for row in rows}
+    assert len(distinct) == 4 < len(rows)
+    with counted(policy.base.model.visual) as patches:
+        score(policy, backend, rows)
+    assert patches == [sum(distinct.values())]
+
+
+def test_sampled_placeholders_are_scored_as_text(
+    folder: Path, policy: Policy, backend: Backend
+) -> None:
+    """A token with the placeholder's weights and another id stands in for it in the truth."""
+    prompt, image, twin = make_prompt(policy, ITEMS[1]), policy.family.image_token, 300
+    model = load_truth(folder)
+    with torch.no_grad():
+        for made in (policy.base, model):
+            for weight in (made.model.language_model.embed_tokens.weight, made.lm_head.weight):
+                weight[twin] = weight[image]
+        response = random_response(policy, 6, seed=5)
+        sampled, plain = response.clone(), response.clone()
+        sampled[[0, 2, 3]], plain[[0, 2, 3]] = image, twin
+        rows = [Row(prompt=prompt, pixels=prompt.pixels, response=r) for r in (sampled, plain)]
+        found = score(policy, backend, rows)
+        truth = true_scores(model, folder, rows[1:])
+    assert_same_scores(found, [*truth, *truth])
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["weights", "lora"])
+@pytest.mark.parametrize("freeze_vision", [False, True], ids=["all", "frozen-tower"])
+def test_gradient_checkpointing_recomputes_but_moves_nothing(
+    folder: Path, backend: Backend, lora: Any, freeze_vision: bool
+) -> None:
+    made = []
+    for checkpointing in (False, True):
+        policy = load_float32(
+            folder, lora=lora, freeze_vision=freeze_vision, gradient_checkpointing=checkpointing
+        )
+        disturb_adapters(policy)
+        rows = make_rows(policy)
+        with counted(policy.base.model.language_model.layers[1].input_layernorm) as calls:
+            scores = score(policy, backend, rows)
+            functional(scores).backward()
+        assert len(calls) == 1 + checkpointing
+        made.append((scores, trained(policy)))
+    assert_same_scores(made[1][0], made[0][0], tolerance=1e-6)
+    assert_same_gradients(made[1][1], made[0][1])
+
+
+def trained(policy: Policy) -> dict[str, Tensor | None]:
+    """Gradients of what is to be trained; asserts that nothing else has one."""
+    wanted = {name for name, p in policy.model.named_parameters() if p.requires_grad}
+    found = gradients(policy.model)
+    assert {name for name, gradient in found.items() if gradient is not None} == wanted
+    return {name: found[name] for name in wanted}
+
+
+def disturb_adapters(policy: Policy) -> None:
+    """Adapters start as an identity, from peft's own draws; this makes them count and alike."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in sorted(policy.model.named_parameters()):
+            if "lora_" in name:
+                parameter.copy_(0.07 * torch.randn(parameter.shape, generator=generator))
+
+
+def test_fresh_adapters_change_nothing_and_only_they_are_trained(
+    folder: Path, policy: Policy, backend: Backend
+) -> None:
+    adapted, rows = load_float32(folder, lora=LORA), make_rows(policy)
+    scores = score(adapted, backend, rows)
+    assert_same_scores(scores, score(policy, backend, rows))
+    functional(scores).backward()
+    assert all("lora_" in name for name in trained(adapted))
+    assert any(".visual." in name for name in trained(adapted))
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["weights", "lora"])
+def test_a_frozen_vision_tower_has_neither_gradients_nor_adapters(
+    folder: Path, policy: Policy, backend: Backend, lora: Any
+) -> None:
+    frozen, rows = load_float32(folder, freeze_vision=True, lora=lora), make_rows(policy)
+    scores = score(frozen, backend, rows)
+    assert_same_scores(scores, score(policy, backend, rows))
+    functional(scores).backward()
+    in_tower = [name for name, _ in frozen.model.named_parameters() if ".visual." in name]
+    assert in_tower
+    assert not any("lora" in name for name in in_tower)
+    assert not any(".visual." in name for name in trained(frozen))
+    assert any("language_model.layers" in name for name in trained(frozen))
+
+
+def test_autocast_scores_are_float32_and_near_the_exact_ones(
+    policy: Policy, backend: Backend
+) -> None:
+    rows = make_rows(policy)
+    exact = score(policy, backend, rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = score(policy, backend, rows)
+    functional(scores).backward()
+    assert all(values.dtype == torch.float32 for pair in scores for values in pair)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in policy.model.parameters())
+    assert 1e-5 < largest_difference(scores, exact) < 0.3
+    error = torch.cat([a[0] - b[0] for a, b in zip(scores, exact, strict=True)])
+    assert error.abs().mean() < 0.05
+
+
+# --- the policy that is measured against -------------------------------------------------------
+
+
+def test_a_frozen_copy_stays_when_the_policy_moves(policy: Policy, backend: Backend) -> None:
+    rows = make_rows(policy)
+    with torch.no_grad():
+        before = score(policy, backend, rows)
+        reference = frozen_copy(policy)
+        randomise(policy.model)
+        assert_same_scores(score(reference, backend, rows), before, tolerance=0)
+        assert largest_difference(score(policy, backend, rows), before) > 0.1
+    assert not any(p.requires_grad for p in reference.model.parameters())
+    assert all(p.requires_grad for p in policy.model.parameters())
+
+
+def test_without_adapters_the_starting_policy_answers(
+    folder: Path, policy: Policy, backend: Backend
+) -> None:
+    adapted, rows = load_float32(folder, lora=LORA), make_rows(policy)
+    disturb_adapters(adapted)
+    with torch.no_grad():
+        moved = score(adapted, backend, rows)
+        with adapted.without_adapters():
+            start = score(adapted, backend, rows)
+        assert_same_scores(start, score(policy, backend, rows))
+        assert largest_difference(moved, start) > 0.01
+        assert_same_scores(score(adapted, backend, rows), moved, tolerance=0)
+
+
+def test_evaluating_gives_back_the_mode_it_found(policy: Policy) -> None:
+    for mode in (True, False):
+        policy.model.train(mode)
+        with policy.evaluating():
+            assert not policy.model.training
+            assert not torch.is_grad_enabled()
+        assert policy.model.training is mode
+        assert torch.is_grad_enabled()
+
+
+# --- saving and loading ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["weights", "lora"])
+def test_plain_transformers_reads_a_saved_policy_and_computes_the_same(
+    folder: Path, backend: Backend, tmp_path: Path, lora: Any
+) -> None:
+    from safetensors import safe_open
+
+    policy = load_float32(folder, lora=lora)
+    if lora is None:
+        randomise(policy.model)  # what is saved is not what was loaded
+    disturb_adapters(policy)
+    rows = make_rows(policy)
+    with torch.no_grad():
+        scores = score(policy, backend, rows)
+        save(policy, tmp_path)
+        truth = true_scores(load_truth(tmp_path), tmp_path, rows)
+        assert_same_scores(scores, truth)
+        assert_same_scores(score(policy, backend, rows), scores, tolerance=0)
+        assert largest_difference(scores, true_scores(load_truth(folder), folder, rows)) > 0.01
+    with (
+        safe_open(tmp_path / "model.safetensors", "pt") as saved,
+        safe_open(folder / "model.safetensors", "pt") as original,
+    ):
+        assert set(saved.keys()) == set(original.keys())
+    assert not list(tmp_path.glob("adapter*"))
+
+
+def test_pixel_limits_hold_for_prompts_and_are_saved(folder: Path, tmp_path: Path) -> None:
+    from transformers import Qwen2VLImageProcessorPil
+
+    limits = {"min_pixels": 64 * 64, "max_pixels": 96 * 96}
+    policy = load_float32(folder, pixel_limits=limits)
+    patch = policy.base.config.vision_config.patch_size
+    save(policy, tmp_path)
+    saved = Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
+    for image in (picture(1, 300, 200), picture(2, 20, 20)):
+        item = Item(row="", images=(image,), question="<image>?", answer="1")
+        grid = make_prompt(policy, item).grids
+        assert 64**2 <= int(grid.prod()) * patch**2 <= 96**2
+        assert torch.equal(saved([image], return_tensors="pt")["image_grid_thw"], grid)
+
+
+def test_torchvision_is_not_needed(policy: Policy) -> None:
+    if importlib.util.find_spec("torchvision") is not None:
+        pytest.skip("torchvision is installed here, so its absence cannot be tried")
+    assert len(make_prompt(policy, ITEMS[0]).pixels) > 0
+
+
+def test_responses_end_where_the_model_or_its_tokenizer_says(
+    folder: Path, tmp_path: Path, tokenizer: Any
+) -> None:
+    policy = load_float32(folder)
+    assert policy.eos == (tokenizer.eos_token_id,)
+    policy.model.generation_config.eos_token_id = [90, tokenizer.eos_token_id, 17]
+    save(policy, tmp_path)
+    assert load_float32(tmp_path).eos == tuple(sorted({17, 90, tokenizer.eos_token_id}))
+
+
+def test_a_missing_folder_is_refused_with_what_to_give(tmp_path: Path) -> None:
+    missing = str(tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"absent.*cannot be loaded.*save_pretrained"):
+        load_float32(Path(missing))
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "clip"])
+def test_other_architectures_are_refused_by_name(tmp_path: Path, model_type: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(ValueError, match=rf"'{model_type}' are not supported; known: qwen2_vl, "):
+        load_float32(tmp_path)
+
+
+def test_a_folder_without_weights_is_refused(folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_float32(tmp_path)
+
+
+def test_a_folder_with_a_weight_missing_or_cut_short_is_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights, file = load_file(folder / "model.safetensors"), tmp_path / "model.safetensors"
+    lost = sorted(weights)[-1]
+    del weights[lost]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks 1 of its weights"):
+        load_float32(tmp_path)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_float32(tmp_path)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "proj"])
+def test_adapters_that_nothing_would_read_are_refused(folder: Path, target: str) -> None:
+    with pytest.raises(ValueError, match=rf"LoRA cannot adapt .*{target}, whose weight"):
+        load_float32(folder, lora={"r": 2, "target_modules": [target, "q_proj"]})
+
+
+# --- prompts and views -------------------------------------------------------------------------
+
+NOISE = {"gaussian_noise": {}, "colour_jitter": {}, "occlusion": {}}
+
+
+def test_a_view_keeps_the_grid_and_depends_on_its_seed_alone(policy: Policy) -> None:
+    prompt = make_prompt(policy, ITEMS[1])
+    view = View(name="any", perturbations=NOISE)
+    pixels = encode_view(policy, prompt, view, seed=3, step=5)
+    assert pixels.shape == prompt.pixels.shape
+    assert not torch.equal(pixels, prompt.pixels)
+    assert torch.equal(pixels, encode_view(policy, prompt, view, seed=3, step=5))
+    assert not torch.equal(pixels, encode_view(policy, prompt, view, seed=4, step=5))
+    renamed = View(name="other", perturbations=NOISE)
+    assert not torch.equal(pixels, encode_view(policy, prompt, renamed, seed=3, step=5))
+
+
+def test_each_step_draws_a_view_anew_unless_it_is_drawn_for_good(policy: Policy) -> None:
+    prompt = make_prompt(policy, ITEMS[1])
+    anew = View(name="any", perturbations=NOISE, draw="image")
+    for_good = View(name="any", perturbations=NOISE, draw="item")
+    one, other = (encode_view(policy, prompt, anew, seed=3, step=step) for step in (1, 2))
+    assert not torch.equal(one, other)
+    one, other = (encode_view(policy, prompt, for_good, seed=3, step=step) for step in (1, 2))
+    assert torch.equal(one, other)
+
+
+def test_a_draw_per_item_is_one_for_all_its_images(policy: Policy) -> None:
+    same = picture(1, 128, 128)
+    item = Item(row="twins", images=(same, same), question="<image><image>?", answer="1")
+    prompt = make_prompt(policy, item)
+    for draw, alike in (("item", True), ("image", False)):
+        view = View(name="noise", perturbations={"gaussian_noise": {}}, draw=draw)  # type: ignore[arg-type]
+        first, second = encode_view(policy, prompt, view, seed=0, step=0).chunk(2)
+        assert torch.equal(first, second) is alike
+
+
+def test_images_stand_where_the_question_puts_them(policy: Policy) -> None:
+    item = Item(
+        row="order",
+        images=(picture(1, 64, 64), picture(2, 128, 128)),
+        question="first <image> then <image>, but last this",
+        answer="1",
+    )
+    prompt = make_prompt(policy, item)
+    few, many = policy.family.tokens_per_image(prompt.grids)
+    text = policy.tokenizer.decode(prompt.ids)
+    start, end = "<|vision_start|>", "<|vision_end|>"
+    assert text == (
+        f"<|im_start|>user\nfirst {start}{few * '<|image_pad|>'}{end} then "
+        f"{start}{many * '<|image_pad|>'}{end}, but last this Think first.<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert few < many
+
+
+def test_prompts_up_to_the_limit_pass_and_longer_ones_are_bad_rows(policy: Policy) -> None:
+    length = len(make_prompt(policy, ITEMS[0]).ids)
+    assert len(make_prompt(policy, ITEMS[0], max_tokens=length).ids) == length
+    with pytest.raises(BadRow, match=f"{length} tokens, {length - 1} allowed") as caught:
+        make_prompt(policy, ITEMS[0], max_tokens=length - 1)
+    assert (caught.value.reason, caught.value.row) == ("prompt too long", "made:1")
+
+
+def test_a_literal_image_token_in_the_question_is_a_bad_row(policy: Policy) -> None:
+    with pytest.raises(BadRow) as caught:
+        make_prompt(policy, make_item(4, [(64, 64)], words="what does <|image_pad|> mean"))
+    assert (caught.value.reason, caught.value.row) == ("placeholder count", "made:4")
+
+
+def test_an_image_the_processor_refuses_is_a_bad_row(policy: Policy) -> None:
+    with pytest.raises(BadRow, match="aspect ratio") as caught:
+        make_prompt(policy, make_item(5, [(64, 64), (900, 3)]))
+    assert (caught.value.reason, caught.value.row) == ("image not usable", "made:5")

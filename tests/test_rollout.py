@@ -1,0 +1,360 @@
+"""Laws of sampling: groups share one prefill, and what is sampled is what the policy says.
+
+P prompts, S sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, ITEMS, make_item, make_prompt, save_family
+from torch import Tensor
+
+from cppo.builtin.policy import SPECIAL
+from cppo.data import load as load_data
+from cppo.device import choose
+from cppo.policy import Policy, Prompt, Row, Scorer, encode_item, load
+from cppo.rollout import Response, Sampling, generate
+from cppo.rollout.transformers import _nucleus
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def folder(request: Any, tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    return save_family(request.param, tmp_path_factory.mktemp(request.param), tokenizer)
+
+
+@pytest.fixture
+def policy(folder: Path) -> Policy:
+    return load(str(folder), dtype=torch.float32, attention="sdpa")
+
+
+def sample(
+    policy: Policy, prompts: Sequence[Prompt], seed: int = 0, **settings: Any
+) -> list[list[Response]]:
+    settings = {"responses": 3, "max_new_tokens": 12} | settings
+    generator = torch.Generator().manual_seed(seed)
+    return list(generate(policy, prompts, Sampling(**settings), generator))
+
+
+def make_prompts(policy: Policy) -> list[Prompt]:
+    prompts = [make_prompt(policy, item) for item in ITEMS]
+    assert len({len(prompt.ids) for prompt in prompts}) == len(prompts)  # the batch is padded
+    return prompts
+
+
+def end_often(policy: Policy) -> None:
+    """About one token in eight ends a response, so that rows of a batch stop at different steps."""
+    policy.eos = tuple(range(20, len(policy.tokenizer), 8))
+
+
+def written(groups: Sequence[Sequence[Response]]) -> list[list[int]]:
+    return [response.ids.tolist() for group in groups for response in group]
+
+
+def true_logits(policy: Policy, prompt: Prompt, response: Tensor) -> Tensor:
+    """Logits that predict each response token and the one after it: one row, no cache, no padding,
+    through the model's own forward."""
+    ids = torch.cat([prompt.ids, response])[None]
+    kinds = torch.cat([prompt.image_mask.int(), torch.zeros_like(response, dtype=torch.int)])
+    with policy.evaluating():
+        logits: Tensor = policy.base(
+            input_ids=ids,
+            mm_token_type_ids=kinds[None],
+            pixel_values=prompt.pixels,
+            image_grid_thw=prompt.grids,
+            use_cache=False,
+        ).logits
+    return logits[0, len(prompt.ids) - 1 :]
+
+
+def rescored(
+    policy: Policy, prompts: Sequence[Prompt], groups: Sequence[Sequence[Response]], heat: float
+) -> list[Tensor]:
+    rows = [
+        Row(prompt=prompt, pixels=prompt.pixels, response=response.ids)
+        for prompt, group in zip(prompts, groups, strict=True)
+        for response in group
+    ]
+    with policy.evaluating():
+        scores = Scorer(policy, choose("cpu"), temperature=heat)(rows)
+    return [scores.logprobs[index, : len(row.response)] for index, row in enumerate(rows)]
+
+
+@contextmanager
+def counted(policy: Policy) -> Iterator[tuple[list[int], list[int]]]:
+    """Under `with`: patches seen by each call of the vision tower, and positions (padding and all)
+    computed by each call of the language model."""
+    patches: list[int] = []
+    positions: list[int] = []
+    hooks = [
+        policy.base.model.visual.register_forward_pre_hook(
+            lambda _, given: patches.append(len(given[0]))
+        ),
+        policy.base.model.language_model.register_forward_pre_hook(
+            lambda _, given, named: positions.append(named["inputs_embeds"][..., 0].numel()),
+            with_kwargs=True,
+        ),
+    ]
+    try:
+        yield patches, positions
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# --- what is shared ----------------------------------------------------------------------------
+
+
+def test_a_group_shares_one_image_encoding_and_one_prefill(policy: Policy) -> None:
+    """After the prompt, each sampled token but the last of its response is run once."""
+    end_often(policy)
+    for item in ITEMS:
+        prompt = make_prompt(policy, item)
+        with counted(policy) as (patches, positions):
+            (group,) = sample(policy, [prompt], responses=5)
+        assert patches == [len(prompt.pixels)]
+        assert positions[0] == len(prompt.ids)
+        assert sum(positions[1:]) == sum(len(response.ids) - 1 for response in group)
+
+
+def test_groups_sampled_side_by_side_are_prefilled_once_each(policy: Policy) -> None:
+    prompts, policy.eos = make_prompts(policy), (-1,)  # nothing ends a response
+    with counted(policy) as (patches, positions):
+        sample(policy, prompts, responses=4, max_new_tokens=3)
+    assert patches == [sum(len(prompt.pixels) for prompt in prompts)]
+    longest = max(len(prompt.ids) for prompt in prompts)
+    assert positions == [len(prompts) * longest, 4 * len(prompts), 4 * len(prompts)]
+
+
+# --- what is sampled ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("heat", [1.0, 0.6])
+def test_sampled_logprobs_are_those_the_scorer_gives(policy: Policy, heat: float) -> None:
+    end_often(policy)
+    prompts = make_prompts(policy)
+    groups = sample(policy, prompts, responses=4, temperature=heat, top_p=0.9)
+    responses = [response for group in groups for response in group]
+    assert len({len(response.ids) for response in responses}) > 3
+    for response, logprobs in zip(responses, rescored(policy, prompts, groups, heat), strict=True):
+        torch.testing.assert_close(response.logprobs, logprobs, atol=1e-4, rtol=0)
+
+
+def test_temperature_zero_takes_the_likeliest_token(policy: Policy) -> None:
+    """Compared with the plain model's whole forward, one row at a time."""
+    prompts = make_prompts(policy)
+    groups = sample(policy, prompts, responses=2, temperature=0.0)
+    for prompt, group in zip(prompts, groups, strict=True):
+        assert torch.equal(group[0].ids, group[1].ids)
+        logits = true_logits(policy, prompt, group[0].ids)[:-1]
+        logprobs = logits.log_softmax(-1).gather(-1, group[0].ids[:, None])[:, 0]
+        torch.testing.assert_close(group[0].logprobs, logprobs, atol=1e-4, rtol=0)
+        logits[:, list(policy.family.forbidden)] = -torch.inf
+        assert torch.equal(group[0].ids, logits.argmax(-1))
+
+
+def test_first_tokens_follow_the_policys_distribution(policy: Policy) -> None:
+    """Pearson's chi-squared of 4,000 draws, against a bound that chance passes once in 10^6."""
+    prompt, draws, heat = make_prompt(policy, ITEMS[0]), 4000, 0.5
+    (group,) = sample(
+        policy, [prompt], responses=draws, max_new_tokens=1, temperature=heat, batch_responses=draws
+    )
+    logits = true_logits(policy, prompt, prompt.ids[:0])[0] / heat
+    logits[list(policy.family.forbidden)] = -torch.inf
+    expected = draws * logits.softmax(-1)
+    found = torch.bincount(torch.cat([r.ids for r in group]), minlength=len(expected)).float()
+    often = expected >= 10
+    cells = [(found[often], expected[often]), (found[~often].sum(), expected[~often].sum())]
+    statistic = sum(float(((f - e) ** 2 / e).sum()) for f, e in cells)
+    freedom = int(often.sum())
+    assert freedom > 20
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5 + 10
+
+
+def test_visual_placeholders_are_never_drawn_however_likely(policy: Policy) -> None:
+    """Their output rows are long: v, w, -v and -w; in any state one has most of the mass."""
+    head = torch.nn.Parameter(policy.head.detach().clone())  # apart from the embeddings
+    generator = torch.Generator().manual_seed(1)
+    ends = 20 * torch.randn(2, head.shape[1], generator=generator)
+    with torch.no_grad():
+        head[list(policy.family.forbidden)] = torch.cat([ends, -ends])
+    policy.base.lm_head.weight = head
+    prompts = make_prompts(policy)
+    assert len(set(policy.family.forbidden)) == 4
+    for settings in ({}, {"temperature": 0.0}, {"top_p": 0.5}):
+        groups = sample(policy, prompts, **settings)
+        sampled = torch.cat([response.ids for group in groups for response in group])
+        assert not torch.isin(sampled, torch.tensor(policy.family.forbidden)).any()
+        responses = [response for group in groups for response in group]
+        assert torch.cat([response.logprobs for response in responses]).median() < -20
+        for response, logprobs in zip(
+            responses, rescored(policy, prompts, groups, 1.0), strict=True
+        ):
+            torch.testing.assert_close(response.logprobs, logprobs, atol=1e-3, rtol=0)
+
+
+def test_the_nucleus_is_the_fewest_likeliest_tokens_that_reach_top_p() -> None:
+    probabilities = torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.25, 0.25, 0.25, 0.25]])
+    for top_p, kept in (
+        (0.01, [[0, 0.5, 0, 0], None]),
+        (0.49, [[0, 0.5, 0, 0], None]),
+        (0.51, [[0, 0.5, 0, 0.25], None]),
+        (0.8, [[0, 0.5, 0.15, 0.25], None]),
+        (0.95, [[0.1, 0.5, 0.15, 0.25], [0.25] * 4]),
+    ):
+        found = _nucleus(probabilities, top_p)
+        for row, expected in zip(found, kept, strict=True):
+            if expected is not None:
+                assert torch.equal(row, torch.tensor(expected))
+    assert _nucleus(probabilities, 0.4)[1].count_nonzero() == 2  # of equals, just enough
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.3])
+def test_tokens_outside_the_nucleus_are_never_drawn(policy: Policy, top_p: float) -> None:
+    prompts, heat = make_prompts(policy), 0.8
+    groups = sample(policy, prompts, responses=6, temperature=heat, top_p=top_p)
+    worst = 0.0
+    for prompt, group in zip(prompts, groups, strict=True):
+        for response in group:
+            logits = true_logits(policy, prompt, response.ids)[:-1] / heat
+            logits[:, list(policy.family.forbidden)] = -torch.inf
+            probabilities = logits.softmax(-1)
+            drawn = probabilities.gather(-1, response.ids[:, None])
+            likelier = (probabilities * (probabilities > drawn)).sum(-1)
+            worst = max(worst, likelier.max().item())
+    assert (worst < 0.3 + 1e-4) is (top_p == 0.3)
+
+
+def test_a_tiny_nucleus_is_greedy(policy: Policy) -> None:
+    prompts = make_prompts(policy)
+    greedy = sample(policy, prompts, temperature=0.0)
+    assert written(sample(policy, prompts, top_p=1e-6)) == written(greedy)
+
+
+def test_the_generators_seed_alone_decides(policy: Policy) -> None:
+    prompts = make_prompts(policy)
+    torch.manual_seed(1)
+    one = written(sample(policy, prompts, seed=5))
+    torch.manual_seed(2)
+    assert written(sample(policy, prompts, seed=5)) == one
+    assert written(sample(policy, prompts, seed=6)) != one
+    assert len({tuple(ids) for ids in one}) == len(one)  # responses of a group differ
+
+
+# --- where responses end -----------------------------------------------------------------------
+
+
+def test_responses_end_at_the_first_end_token_or_are_cut_off(policy: Policy) -> None:
+    end_often(policy)
+    groups = sample(policy, make_prompts(policy), responses=8, max_new_tokens=6)
+    responses = [response for group in groups for response in group]
+    assert len({response.finished for response in responses}) == 2
+    for response in responses:
+        ends = torch.isin(response.ids, torch.tensor(policy.eos))
+        assert not ends[:-1].any()
+        assert bool(ends[-1]) is response.finished
+        assert len(response.logprobs) == len(response.ids)
+        assert response.finished or len(response.ids) == 6
+
+
+def test_the_text_leaves_out_the_end_token(policy: Policy) -> None:
+    end = policy.tokenizer.eos_token_id
+    with torch.no_grad():
+        policy.base.model.language_model.norm.weight.zero_()  # any token is as likely as another
+    groups = sample(policy, make_prompts(policy), responses=40, max_new_tokens=30)
+    finished = [response for group in groups for response in group if response.finished]
+    assert finished
+    for response in finished:
+        assert response.ids[-1] == end
+        words = [token for token in response.ids[:-1].tolist() if token >= len(SPECIAL)]
+        assert response.text == policy.tokenizer.decode(words)
+
+
+def test_rows_that_end_early_and_padding_do_not_move_the_others(policy: Policy) -> None:
+    prompts, policy.eos = make_prompts(policy), (-1,)
+    endless = written(sample(policy, prompts, responses=1, temperature=0.0))
+
+    def lengths(end: int) -> set[int]:
+        return {[*ids, end].index(end) for ids in endless}
+
+    # The token whose use as the end stops rows at the most different steps.
+    policy.eos = (max({token for ids in endless for token in ids}, key=lambda t: len(lengths(t))),)
+    assert len(lengths(*policy.eos)) > 1
+    together = sample(policy, prompts, responses=2, temperature=0.0)
+    for prompt, group, ids in zip(prompts, together, endless, strict=True):
+        end = [*ids, *policy.eos].index(*policy.eos)
+        (alone,) = sample(policy, [prompt], responses=1, temperature=0.0)
+        for response in group:
+            assert response.ids.tolist() == ids[: end + 1] == alone[0].ids.tolist()
+            assert response.finished is alone[0].finished is (end < len(ids))
+            torch.testing.assert_close(response.logprobs, alone[0].logprobs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("batch_responses", [1, 4, 5, 256])
+def test_cutting_a_rollout_into_batches_keeps_its_groups(
+    policy: Policy, batch_responses: int
+) -> None:
+    prompts = make_prompts(policy)
+    prompts += [make_prompt(policy, make_item(9, [(90, 90)])), prompts[0]]
+    whole = sample(policy, prompts, responses=2, temperature=0.0, max_new_tokens=5)
+    cut = sample(
+        *(policy, prompts),
+        responses=2,
+        temperature=0.0,
+        max_new_tokens=5,
+        batch_responses=batch_responses,
+    )
+    assert [len(group) for group in cut] == [2] * 5
+    assert written(cut) == written(whole)
+    assert len({tuple(ids) for ids in written(whole)}) > 1
+
+
+def test_a_rollout_leaves_the_policys_mode_alone_even_between_its_groups(policy: Policy) -> None:
+    policy.model.train()
+    sampling = Sampling(responses=1, max_new_tokens=2, batch_responses=1)
+    for _ in generate(policy, make_prompts(policy), sampling, torch.Generator()):
+        assert torch.is_grad_enabled()
+        assert policy.model.training
+
+
+def test_a_checkpointing_adapted_policy_samples_what_it_scores(folder: Path) -> None:
+    """Gradient checkpointing drops caches in training mode; adapters are part of the policy."""
+    policy = load(
+        str(folder),
+        dtype=torch.float32,
+        attention="sdpa",
+        gradient_checkpointing=True,
+        lora={"r": 4, "target_modules": "all-linear", "init_lora_weights": False},
+    )
+    prompts = make_prompts(policy)
+    groups = sample(policy, prompts, responses=2)
+    found = [response.logprobs for group in groups for response in group]
+    for logprobs, truth in zip(found, rescored(policy, prompts, groups, 1.0), strict=True):
+        torch.testing.assert_close(logprobs, truth, atol=1e-4, rtol=0)
+
+
+# --- real data ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["geometry3k-mini", "puzzlevqa-mini", "dynamath-mini"])
+def test_real_items_generate_and_score(
+    tiny_policy: Policy, shared_data: Callable[[str], Path], name: str
+) -> None:
+    data = load_data(str(shared_data(name)), split="train")
+    prompts = [
+        encode_item(tiny_policy, data.read(index), instruction=" Think.", max_tokens=2048)
+        for index in (0, 1)
+    ]
+    groups = sample(tiny_policy, prompts, responses=2, max_new_tokens=8)
+    for response, logprobs in zip(
+        (response for group in groups for response in group),
+        rescored(tiny_policy, prompts, groups, 1.0),
+        strict=True,
+    ):
+        assert len(response.ids) == 8 or response.finished
+        torch.testing.assert_close(response.logprobs, logprobs, atol=1e-4, rtol=0)

@@ -1,0 +1,572 @@
+"""Laws of the optimizer step, on a real small policy in float64: what it descends on is the plain
+loss of the whole batch, however that batch is cut into micro-batches and spread over processes."""
+
+import contextlib
+import math
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from cppo.builtin import ShapesTask
+from cppo.device import choose
+from cppo.methods import GRPO, METHODS, Average, Plan, Scores, Term, Tokens, View, build
+from cppo.objective import aggregate, count_units, divergence
+from cppo.policy import Policy, Row, Scorer, encode_item, encode_view, load
+from cppo.update import Sample, Updater
+
+TEMPERATURE = 0.8
+MAX_NEW_TOKENS = 12
+LENGTHS = (3, 9, 5, 1, 7, 2)
+ADVANTAGES = (1.25, -0.75, 0.5, 0.875, -1.125, 0.0)  # exact in float32
+SPREADS = (1e-4, 0.3, 0.0, 0.1, 1e-4, 0.3)  # of old log-probabilities: some ratios are clipped
+WEIGHTS = {"cppo": {"weight": 1.0}, "cppo_areal": {"weight": 1.0}}  # so that the contrast counts
+TOLERANCE = 1e-6  # relative; transformers' norms compute in float32 whatever the weights are
+
+
+class SingleProcess:
+    """Stands in for accelerate's Accelerator where there is one process."""
+
+    num_processes = 1
+    sync_gradients = True
+
+    def reduce(self, tensor: Tensor, reduction: str = "sum") -> Tensor:
+        assert reduction == "sum"
+        return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def no_sync(self, model: Any) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float) -> Tensor:
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blind(GRPO):
+    """A toy: tokens count by their entropy on a blackened image, and are to stay close to it."""
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        return (View(name="blind", perturbations={"blackout": {}}, gradient=False, detects=True),)
+
+    def plan(self, tokens: Tokens) -> Plan:
+        plan, mask = super().plan(tokens), tokens.mask
+        weights = torch.where(mask, tokens.views["blind"].entropy * tokens.seen.entropy, 0.0)
+        share = Average(mask=mask & (weights > weights.mean(-1, keepdim=True)))
+        averages = {**plan.averages, "distance": share}
+        return Plan(advantages=plan.advantages * weights, averages=averages)
+
+    def terms(self, tokens: Tokens, plan: Plan) -> dict[str, Term]:
+        distance = divergence(tokens.seen.logprobs, tokens.views["blind"].logprobs)
+        return {**super().terms(tokens, plan), "distance": Term(per_token=distance, weight=0.5)}
+
+
+# --- building blocks ----------------------------------------------------------------------------
+
+
+def load_policy(folder: str | Path) -> Policy:
+    return load(str(folder), dtype=torch.float64, attention="sdpa")
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_folder: Path) -> Policy:
+    """One for all tests here, each of which leaves the weights as they were."""
+    return load_policy(tiny_folder)
+
+
+def make_scorer(policy: Policy) -> Scorer:
+    return Scorer(policy, choose("cpu"), temperature=TEMPERATURE)
+
+
+def make_samples(policy: Policy, method: GRPO, *, every_view: bool = False) -> list[Sample]:
+    """Two prompts with three responses each, of ragged lengths and older policies."""
+    random = torch.Generator().manual_seed(7)
+    task = ShapesTask(split="train", size=100, seed=3)
+    scorer, samples = make_scorer(policy), []
+    for start in (0, 3):
+        item = task.read(start)
+        prompt = encode_item(policy, item, instruction="", max_tokens=999)
+        pixels = {v.name: encode_view(policy, prompt, v, seed=1, step=2) for v in method.views}
+        for i in range(start, start + 3):
+            ids = torch.randint(10, 300, LENGTHS[i : i + 1], generator=random)
+            advantage = torch.tensor([ADVANTAGES[i]])
+            needed = {
+                v.name for v in method.views if every_view or v.needed(advantage).tolist() == [True]
+            }
+            with torch.no_grad():
+                seen = scorer([Row(prompt=prompt, pixels=prompt.pixels, response=ids)]).logprobs[0]
+            noise = torch.randn(2, len(ids), generator=random, dtype=torch.float64)
+            samples.append(
+                Sample(
+                    prompt=prompt,
+                    ids=ids,
+                    advantage=ADVANTAGES[i],
+                    views={name: view for name, view in pixels.items() if name in needed},
+                    old_logprobs=seen + SPREADS[i] * noise[0],
+                    reference_logprobs=seen + 0.5 * noise[1],
+                )
+            )
+    return samples
+
+
+def weights_of(policy: Policy) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in policy.model.parameters()])
+
+
+def descend(
+    policy: Policy,
+    method: GRPO,
+    samples: Sequence[Sample],
+    micro_batch: int = 99,
+    *,
+    max_grad_norm: float = 1e9,
+) -> tuple[Tensor, dict[str, float]]:
+    """What a step of plain gradient descent at rate 1 subtracts from the weights, and its metrics;
+    the weights are put back."""
+    before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    start, scorer = weights_of(policy), make_scorer(policy)
+    metrics = Updater(
+        scorer=scorer,
+        optimizer=torch.optim.SGD(scorer.parameters(), lr=1.0),
+        method=method,
+        processes=SingleProcess(),
+        micro_batch_responses=micro_batch,
+        max_grad_norm=max_grad_norm,
+        max_new_tokens=MAX_NEW_TOKENS,
+    ).step(samples)
+    change = start - weights_of(policy)
+    policy.model.load_state_dict(before, strict=False)
+    return change, metrics
+
+
+def plain_loss(policy: Policy, method: GRPO, samples: Sequence[Sample]) -> Tensor:
+    """The loss of a whole batch by its definition, every response scored by itself."""
+    scorer = make_scorer(policy)
+
+    def padded(rows: list[Tensor]) -> Tensor:
+        return pad_sequence(rows, batch_first=True)
+
+    def scored(view: View | None) -> Scores:
+        rows = []
+        for sample in samples:
+            pixels = sample.prompt.pixels if view is None else sample.views.get(view.name)
+            if pixels is None:
+                zeros = torch.zeros(1, len(sample.ids), dtype=torch.float64)
+                rows.append(Scores(logprobs=zeros, entropy=zeros))
+            else:
+                row = Row(prompt=sample.prompt, pixels=pixels, response=sample.ids)
+                rows.append(scorer([row]))
+        logprobs = padded([row.logprobs[0] for row in rows])
+        entropy = padded([row.entropy[0] for row in rows])
+        if view is not None and not view.gradient:
+            logprobs, entropy = logprobs.detach(), entropy.detach()
+        return Scores(logprobs=logprobs, entropy=entropy)
+
+    tokens = Tokens(
+        mask=padded([torch.ones(len(s.ids), dtype=torch.bool) for s in samples]),
+        advantages=torch.tensor([s.advantage for s in samples]),
+        old_logprobs=padded([s.old_logprobs for s in samples]),
+        seen=scored(None),
+        views={view.name: scored(view) for view in method.views},
+        reference_logprobs=padded([s.reference_logprobs for s in samples]),
+    )
+    with torch.no_grad():
+        plan = method.plan(tokens)
+    total = torch.zeros((), dtype=torch.float64)
+    for name, term in method.terms(tokens, plan).items():
+        mask, mode = plan.averages[name].mask, plan.averages[name].mode
+        longest = MAX_NEW_TOKENS if mode == "sequence-sum-norm" else 1
+        value = aggregate(term.per_token, mask, mode, denominator=count_units(mask, mode) * longest)
+        total = total + term.weight * value
+    return total
+
+
+def plain_gradient(policy: Policy, loss: Tensor) -> Tensor:
+    gradients = torch.autograd.grad(loss, list(policy.model.parameters()))
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def check(actual: Tensor, expected: Tensor) -> None:
+    assert expected.norm() > 1e-3
+    assert (actual - expected).norm() <= TOLERANCE * expected.norm()
+
+
+@contextlib.contextmanager
+def watching(policy: Policy) -> Iterator[list[list[bytes]]]:
+    """The pictures of each pass through the vision tower."""
+    passes: list[list[bytes]] = []
+
+    def note(_: Any, given: tuple[Tensor], named: dict[str, Tensor]) -> None:
+        patches = given[0].detach().split(named["grid_thw"].prod(-1).tolist())
+        passes.append([picture.numpy().tobytes() for picture in patches])
+
+    hook = policy.base.model.visual.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield passes
+    finally:
+        hook.remove()
+
+
+def as_seen(policy: Policy, pixels: Tensor) -> bytes:
+    return pixels.to(policy.base.model.visual.dtype).numpy().tobytes()
+
+
+# --- the loss does not depend on how the batch is cut -------------------------------------------
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, WEIGHTS.get(name, {})) for name in METHODS},
+    "reference": ("grpo", {"reference_kl": 0.5, "dual_clip": 1.5}),
+    "cppo by sequence": ("cppo", {"weight": 1.0, "aggregation": "sequence-mean"}),
+}
+every_case = pytest.mark.parametrize("case", [*CASES, "toy"])
+
+
+def method_of(case: str) -> GRPO:
+    return Blind() if case == "toy" else build(*CASES[case])
+
+
+@every_case
+def test_the_step_descends_on_the_plain_loss_however_the_batch_is_cut(
+    policy: Policy, case: str
+) -> None:
+    method = method_of(case)
+    samples = make_samples(policy, method)
+    expected = plain_gradient(policy, plain_loss(policy, method, samples))
+    watched: list[dict[str, float]] = []
+    for micro_batch in (99, 4, 1):
+        change, metrics = descend(policy, method, samples, micro_batch)
+        check(change, expected)
+        watched.append(metrics)
+    assert watched[0]["grad_norm"] == pytest.approx(float(expected.norm()), rel=1e-6)
+    assert watched[0]["skipped"] == 0.0
+    for metrics in watched[1:]:
+        assert metrics == pytest.approx(watched[0], rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("case", ["cppo", "gspo", "toy"])
+def test_the_order_of_the_samples_does_not_matter(policy: Policy, case: str) -> None:
+    method = method_of(case)
+    samples = make_samples(policy, method)
+    expected, metrics = descend(policy, method, samples, 2)
+    shuffled = [samples[i] for i in (4, 0, 5, 2, 1, 3)]
+    change, shuffled_metrics = descend(policy, method, shuffled, 2)
+    check(change, expected)
+    assert shuffled_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "cppo"])
+def test_averages_over_micro_batches_are_means_of_their_means(policy: Policy, name: str) -> None:
+    method = build(name, {**WEIGHTS.get(name, {}), "average_over": "micro-batch"})
+    samples = make_samples(policy, method)
+    by_length = sorted(samples, key=lambda s: len(s.prompt.ids) + len(s.ids))
+    pairs = [by_length[start : start + 2] for start in (0, 2, 4)]
+    losses = [plain_loss(policy, method, pair) for pair in pairs]
+    expected = plain_gradient(policy, torch.stack(losses).mean())
+    check(descend(policy, method, samples, 2)[0], expected)
+    over_all = descend(policy, replace(method, average_over="global"), samples, 2)[0]
+    difference = (over_all - expected).norm() / expected.norm()
+    if name == "dr_grpo":  # its denominator counts responses, and the pairs are of equal size
+        assert difference < TOLERANCE
+    else:
+        assert difference > 0.05
+
+
+# --- views --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro_batch", [99, 2])
+def test_gating_the_views_is_exact(policy: Policy, micro_batch: int) -> None:
+    method = build("cppo", {"weight": 1.0})
+    gated, everything = make_samples(policy, method), make_samples(policy, method, every_view=True)
+    assert [len(sample.views) for sample in gated] == [2, 0, 2, 2, 0, 0]
+    assert [len(sample.views) for sample in everything] == [2] * 6
+    expected, metrics = descend(policy, method, everything, micro_batch)
+    change, gated_metrics = descend(policy, method, gated, micro_batch)
+    check(change, expected)
+    assert metrics["perception_tokens"] > 0
+    assert gated_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-7)
+    without = descend(policy, build("grpo"), gated, micro_batch)[0]
+    assert (change - without).norm() > 0.01 * without.norm()  # the contrast is there to be gated
+
+
+def test_each_picture_passes_the_vision_tower_once_a_scoring_call(policy: Policy) -> None:
+    method = build("cppo", {"preserving": {"rotation": {}}})  # none that may leave it as it is
+    samples = make_samples(policy, method)
+    pictures = {
+        as_seen(policy, pixels)
+        for sample in samples
+        for pixels in (sample.prompt.pixels, *sample.views.values())
+    }
+    assert len(pictures) == 6  # two prompts, each as it is, preserved and removed
+    with watching(policy) as passes:
+        descend(policy, method, samples)
+    assert [sorted(seen) for seen in passes] == [sorted(pictures)]
+
+    with watching(policy) as passes:
+        descend(policy, method, samples, 4)
+    for seen in passes:
+        assert len(seen) == len(set(seen))
+    assert len(passes) == 4  # two micro-batches, scored without gradient and with
+    removed = {as_seen(policy, s.views["removed"]) for s in samples if s.views}
+    images = {as_seen(policy, s.prompt.pixels) for s in samples}
+    assert set().union(*passes[:2]) == images | removed  # the plan needs no more
+    assert set().union(*passes[2:]) == pictures
+
+
+def test_a_method_without_views_scores_nothing_ahead(policy: Policy) -> None:
+    method = build("grpo")
+    with watching(policy) as passes:
+        descend(policy, method, make_samples(policy, method), 2)
+        ahead = len(make_samples(policy, method))  # each of which is scored by itself
+    assert len(passes) == 3 + 2 * ahead
+
+
+def test_a_view_without_gradient_is_scored_once_and_gets_none(policy: Policy) -> None:
+    method = Blind()
+    samples = make_samples(policy, method)
+    scorer, calls = make_scorer(policy), []
+
+    def note(_: Any, given: tuple[Sequence[Row]]) -> None:
+        calls.append((torch.is_grad_enabled(), [row.pixels for row in given[0]]))
+
+    blind = {id(sample.views["blind"]) for sample in samples}
+    for micro_batch, passes in ((99, 1), (1, 6)):
+        calls.clear()
+        hook = scorer.register_forward_pre_hook(note)
+        updater(scorer, method, micro_batch).step(samples)
+        hook.remove()
+        kinds = [
+            (with_gradient, sum(id(p) in blind for p in rows)) for with_gradient, rows in calls
+        ]
+        assert kinds[passes:] == [(True, 0)] * passes
+        assert [with_gradient for with_gradient, _ in kinds[:passes]] == [False] * passes
+        assert sum(count for _, count in kinds) == 6
+
+
+def updater(scorer: Scorer, method: GRPO, micro_batch: int, rate: float = 0.0) -> Updater:
+    return Updater(
+        scorer=scorer,
+        optimizer=torch.optim.SGD(scorer.parameters(), lr=rate),
+        method=method,
+        processes=SingleProcess(),
+        micro_batch_responses=micro_batch,
+        max_grad_norm=1e9,
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
+
+
+# --- what must not count ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["cppo", "dr_grpo", "reference", "toy"])
+@pytest.mark.parametrize("micro_batch", [99, 1])
+def test_an_idle_sample_contributes_nothing(policy: Policy, case: str, micro_batch: int) -> None:
+    method = method_of(case)
+    samples = make_samples(policy, method)
+    expected, metrics = descend(policy, method, samples, micro_batch)
+    # As the trainer makes one: without what the other samples bring along.
+    first = samples[0]
+    idle = Sample(prompt=first.prompt, ids=first.ids, advantage=2.0, views=first.views, idle=True)
+    change, with_idle = descend(policy, method, [idle, *samples], micro_batch)
+    check(change, expected)
+    assert with_idle == pytest.approx(metrics, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("case", ["cppo", "dr_grpo", "gspo", "reference"])
+def test_a_batch_of_idle_samples_leaves_the_weights_alone(policy: Policy, case: str) -> None:
+    method = method_of(case)
+    first = make_samples(policy, method)[0]
+    idle = Sample(prompt=first.prompt, ids=first.ids, advantage=0.0, idle=True)
+    change, metrics = descend(policy, method, [idle, idle], 1)
+    assert not change.any()
+    assert metrics["skipped"] == 0.0
+    assert set(metrics.values()) == {0.0}
+
+
+def test_samples_that_bring_no_old_logprobs_have_a_ratio_of_one(policy: Policy) -> None:
+    method = build("grpo")
+    samples = make_samples(policy, method)
+    fresh = [replace(sample, old_logprobs=None) for sample in samples]
+    change, metrics = descend(policy, method, fresh, 4)
+    assert metrics["clip_share"] == metrics["old_kl"] == 0.0
+    tokens = zip(LENGTHS, ADVANTAGES, strict=True)
+    expected = -sum(length * advantage for length, advantage in tokens) / sum(LENGTHS)
+    assert metrics["loss/policy"] == pytest.approx(expected, rel=1e-6)
+    current = updater(make_scorer(policy), method, 99).score_without_gradient(samples)
+    known = [replace(s, old_logprobs=o) for s, o in zip(samples, current, strict=True)]
+    check(descend(policy, method, known, 4)[0], change)
+    # Some may bring them and some not, whoever shares a micro-batch with whom.
+    mixed = [*samples[:3], *fresh[3:]]
+    spelt_out = [*samples[:3], *known[3:]]
+    for micro_batch in (99, 1):
+        expected_change, _ = descend(policy, method, spelt_out, micro_batch)
+        check(descend(policy, method, mixed, micro_batch)[0], expected_change)
+
+
+@pytest.mark.parametrize(("shift", "sign"), [(-0.5, 1.0), (0.5, -1.0)])
+def test_tokens_whose_ratio_left_the_range_are_counted_and_learn_nothing(
+    policy: Policy, shift: float, sign: float
+) -> None:
+    """A ratio of e^0.5 where the advantage is positive, of e^-0.5 where it is negative."""
+    method = build("grpo")
+    samples = make_samples(policy, method)
+    current = updater(make_scorer(policy), method, 2).score_without_gradient(samples)
+    stale = [
+        replace(s, advantage=sign, old_logprobs=now + (shift if i < 2 else 0.0))
+        for i, (s, now) in enumerate(zip(samples, current, strict=True))
+    ]
+    change, metrics = descend(policy, method, stale, 2)
+    assert metrics["clip_share"] == pytest.approx(sum(LENGTHS[:2]) / sum(LENGTHS), rel=1e-6)
+    drift = sum(LENGTHS[:2]) * (math.exp(-shift) - 1 + shift) / sum(LENGTHS)
+    assert metrics["old_kl"] == pytest.approx(drift, rel=1e-5)
+    alone = descend(policy, method, stale[2:], 2)[0]
+    check(change, alone * sum(LENGTHS[2:]) / sum(LENGTHS))
+
+
+def test_score_without_gradient_keeps_the_order_of_the_samples(policy: Policy) -> None:
+    method = build("grpo")
+    samples = make_samples(policy, method)
+    scorer = make_scorer(policy)
+    for micro_batch in (99, 2):
+        scored = updater(scorer, method, micro_batch).score_without_gradient(samples)
+        for sample, logprobs in zip(samples, scored, strict=True):
+            row = Row(prompt=sample.prompt, pixels=sample.prompt.pixels, response=sample.ids)
+            torch.testing.assert_close(logprobs, scorer([row]).logprobs[0].detach())
+            assert not logprobs.requires_grad
+
+
+# --- the step itself ----------------------------------------------------------------------------
+
+
+def test_gradients_are_clipped_to_the_given_norm_and_reported_unclipped(policy: Policy) -> None:
+    method = build("cppo")
+    samples = make_samples(policy, method)
+    free, metrics = descend(policy, method, samples, 2)
+    clipped, clipped_metrics = descend(policy, method, samples, 2, max_grad_norm=0.01)
+    assert free.norm() > 0.1
+    assert float(clipped.norm()) == pytest.approx(0.01, rel=1e-4)
+    check(clipped / clipped.norm(), free / free.norm())
+    assert clipped_metrics["grad_norm"] == pytest.approx(metrics["grad_norm"], rel=1e-9)
+
+
+@pytest.mark.parametrize("micro_batch", [99, 2])
+@pytest.mark.parametrize("name", ["grpo", "cppo", "gspo"])
+def test_a_step_that_is_not_finite_leaves_the_weights_and_the_optimizer_alone(
+    policy: Policy, name: str, micro_batch: int
+) -> None:
+    method = build(name)
+    samples = make_samples(policy, method)
+    scorer = make_scorer(policy)
+    before = weights_of(policy)
+    for broken in (math.inf, -math.inf, math.nan):
+        subject = updater(scorer, method, micro_batch, rate=1.0)
+        bad = [replace(samples[0], advantage=broken), *samples[1:]]
+        assert subject.step(bad)["skipped"] == 1.0
+        assert torch.equal(weights_of(policy), before)
+        for parameter in scorer.parameters():
+            assert parameter.grad is None or not parameter.grad.any()
+
+
+def test_a_weight_that_is_not_a_number_is_met_with_a_skipped_step(policy: Policy) -> None:
+    method = build("cppo")
+    samples = make_samples(policy, method)
+    weight = next(policy.base.model.language_model.layers[0].parameters())
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.view(-1)[0] = math.nan
+    try:
+        change, metrics = descend(policy, method, samples, 2)
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
+    assert metrics["skipped"] == 1.0
+    assert change.isnan().sum() == 1  # the one that was set
+    assert not change.nan_to_num().any()
+
+
+# --- two processes ------------------------------------------------------------------------------
+
+TRAINED_IN_TWO: dict[str, tuple[str, dict[str, Any], Sequence[Sequence[int]], int]] = {
+    # method, options, each process's samples, micro-batch
+    "unequal numbers of micro-batches": ("cppo", {"weight": 1.0}, ((0, 1, 2, 4, 5), (3,)), 2),
+    "views in one process alone": ("cppo", {"weight": 1.0}, ((0, 2, 3), (1, 4, 5)), 99),
+    "one process idle": ("grpo", {"reference_kl": 0.5}, ((0, 1, 2, 3, 4, 5), ()), 3),
+    "sums over a constant": ("dr_grpo", {}, ((5, 0), (1, 2, 3, 4)), 1),
+}
+BROKEN = "one process not finite"
+
+
+def samples_of(policy: Policy, name: str) -> tuple[GRPO, list[Sample], int]:
+    case, options, _, micro_batch = TRAINED_IN_TWO[name]
+    method = build(case, options)
+    return method, make_samples(policy, method), micro_batch
+
+
+def train_in_one_of_two(rank: int, port: int, folder: Path, out: Path) -> None:
+    """Takes one step for each case in process `rank`; what came of it is saved under `out`."""
+    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in given.items()}
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    torch.set_num_threads(1)
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    made: dict[str, tuple[Tensor, Mapping[str, float]]] = {}
+    for name in (*TRAINED_IN_TWO, BROKEN):
+        case = next(iter(TRAINED_IN_TWO)) if name == BROKEN else name
+        policy = load_policy(folder)
+        method, samples, micro_batch = samples_of(policy, case)
+        own = [samples[i] for i in TRAINED_IN_TWO[case][2][rank]]
+        if not own:
+            first = samples[0]
+            own = [Sample(prompt=first.prompt, ids=first.ids, advantage=0.0, idle=True)]
+        if name == BROKEN and rank == 1:
+            own = [replace(sample, advantage=math.inf) for sample in own]
+        plain = make_scorer(policy)
+        scorer, optimizer = accelerator.prepare(plain, torch.optim.SGD(plain.parameters(), lr=1.0))
+        before = weights_of(policy)
+        metrics = Updater(
+            scorer=scorer,
+            optimizer=optimizer,
+            method=method,
+            processes=accelerator,
+            micro_batch_responses=micro_batch,
+            max_grad_norm=1e9,
+            max_new_tokens=MAX_NEW_TOKENS,
+        ).step(own)
+        made[name] = (before - weights_of(policy), metrics)
+    torch.save(made, out / f"{rank}.pt")
+    accelerator.end_training()
+
+
+def test_two_processes_take_the_step_that_one_takes(
+    policy: Policy, tiny_folder: Path, tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(train_in_one_of_two, (port, tiny_folder, tmp_path), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for name in TRAINED_IN_TWO:
+        method, samples, micro_batch = samples_of(policy, name)
+        expected, metrics = descend(policy, method, samples, micro_batch)
+        for change, watched in (first[name], second[name]):
+            check(change, expected)
+            assert watched == pytest.approx(metrics, rel=1e-5, abs=1e-7)
+    for change, metrics in (first[BROKEN], second[BROKEN]):
+        assert not change.any()
+        assert metrics["skipped"] == 1.0
