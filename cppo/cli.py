@@ -343,3 +343,7 @@ def _set_up_logging() -> None:
     transformers_logging.disable_progress_bar()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("cppo").setLevel(logging.INFO)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

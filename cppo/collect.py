@@ -38,8 +38,9 @@ class Group:
 class Encoder:
     """Encodes items as the feed checks them, and keeps the prompts until they are taken."""
 
-    def __init__(self, policy: Policy, *, instruction: str, max_tokens: int) -> None:
-        self._policy, self._instruction, self._max_tokens = policy, instruction, max_tokens
+    def __init__(self, policy: Policy, *, instruction: str | None, max_tokens: int) -> None:
+        self._policy, self._max_tokens = policy, max_tokens
+        self._instruction = policy.instruction if instruction is None else instruction
         self._prompts: dict[str, Prompt] = {}
 
     def check(self, item: Item) -> None:

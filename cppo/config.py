@@ -10,11 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-INSTRUCTION = (
-    "\nFirst think about what the image shows and reason inside <think> </think>. "
-    "Then put the final answer in \\boxed{}."
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -28,7 +23,8 @@ class DataConfig:
         eval_share: Share of the rows held out where the source has no split of its own.
         max_skipped_share: The run stops when more than this share of rows cannot be used.
         max_image_pixels: Larger images are skipped before they are decoded.
-        instruction: Appended to every question.
+        instruction: Appended to every question; null for the model's own where it has one, as the
+            built-in policy does, else a request to think and to box the answer.
         difficulty: Of the built-in task, 1 to 3.
     """
 
@@ -39,7 +35,7 @@ class DataConfig:
     eval_share: float = 0.1
     max_skipped_share: float = 0.1
     max_image_pixels: int = 50_000_000
-    instruction: str = INSTRUCTION
+    instruction: str | None = None
     difficulty: int = 1
 
 
@@ -259,7 +255,6 @@ class PerturbConfig:
 
 BUILTIN: Mapping[str, Any] = {
     "steps": 100,
-    "dataset.instruction": "",
     "rollout.prompts": 16,
     "rollout.max_new_tokens": 64,
     "rollout.batch_responses": 512,

@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +211,7 @@ class Trainer:
         mini_batches = math.ceil(kept / per_mini_batch)
         samples = self._with_known_logprobs(
             [sample for group in by_group for sample in group],
+            groups[0],
             stale=mini_batches * settings.epochs > 1,
         )
         size = self.config.rollout.responses
@@ -232,22 +233,23 @@ class Trainer:
         means = {name: sum(u[name] for u in updates) / len(updates) for name in names}
         return {**means, "learning_rate": rate, "kept_groups": float(kept)}
 
-    def _with_known_logprobs(self, samples: list[Sample], *, stale: bool) -> list[Sample]:
+    def _with_known_logprobs(
+        self, samples: list[Sample], group: Group, *, stale: bool
+    ) -> list[Sample]:
         """Adds the sampling policy's log-probabilities where it will have moved, and the
         reference's where the method holds on to it."""
         if not any(self._gather([bool(samples)])):
             return samples
         known: dict[str, list[Any]] = {}
+        scored = samples or [_idle(group)]  # every process takes part in each pass
         if stale:
-            known["old_logprobs"] = self.updater.score_without_gradient(samples)
+            known["old_logprobs"] = self.updater.score_without_gradient(scored)
         if self.method.reference_kl:
-            if self.reference is not None:
+            adapters = self.reference is None
+            with self.policy.without_adapters() if adapters else nullcontext():
                 known["reference_logprobs"] = self.updater.score_without_gradient(
-                    samples, self.reference
+                    scored, self.reference
                 )
-            else:
-                with self.policy.without_adapters():
-                    known["reference_logprobs"] = self.updater.score_without_gradient(samples)
         return [
             dataclasses.replace(sample, **{name: values[i] for name, values in known.items()})
             for i, sample in enumerate(samples)

@@ -58,9 +58,12 @@ class SingleProcess:
 class Blind(GRPO):
     """A toy: tokens count by their entropy on a blackened image, and are to stay close to it."""
 
+    learns_blind: bool = False
+
     @property
     def views(self) -> tuple[View, ...]:
-        return (View(name="blind", perturbations={"blackout": {}}, gradient=False, detects=True),)
+        view = View(name="blind", perturbations={"blackout": {}}, detects=True)
+        return (replace(view, gradient=self.learns_blind),)
 
     def plan(self, tokens: Tokens) -> Plan:
         plan, mask = super().plan(tokens), tokens.mask
@@ -231,11 +234,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "reference": ("grpo", {"reference_kl": 0.5, "dual_clip": 1.5}),
     "cppo by sequence": ("cppo", {"weight": 1.0, "aggregation": "sequence-mean"}),
 }
-every_case = pytest.mark.parametrize("case", [*CASES, "toy"])
+TOYS = {"toy": Blind(), "toy that learns blind": Blind(learns_blind=True)}
+every_case = pytest.mark.parametrize("case", [*CASES, *TOYS])
 
 
 def method_of(case: str) -> GRPO:
-    return Blind() if case == "toy" else build(*CASES[case])
+    return TOYS[case] if case in TOYS else build(*CASES[case])
 
 
 @every_case

@@ -9,6 +9,7 @@ Hugging Face format.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
@@ -57,8 +58,8 @@ class WarmStart:
     text_batch: int = 96
     read_steps: int = 190
     read_batch: int = 40
-    careless_steps: int = 30  # the last reading steps, on solutions of a careless reader
-    careless_share: float = 0.15  # of the words it reads that are wrong
+    careless_steps: int = 25  # the last reading steps, on solutions of a careless reader
+    careless_share: float = 0.08  # of the words it reads that are wrong
     puzzles: int = 3072
     matrix_rate: float = 0.02  # Muon's, for weight matrices
     other_rate: float = 3e-3  # AdamW's, for everything else
@@ -89,8 +90,9 @@ def ensure(
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             made = Path(scratch) / folder.name
             _train(made, difficulty, settings, progress)
-            if not folder.exists():  # another process may have been faster
-                made.rename(folder)
+            if not folder.exists():  # another process may have been, or be, faster
+                with contextlib.suppress(OSError):
+                    made.rename(folder)
     return folder
 
 
@@ -130,6 +132,7 @@ def build_tokenizer() -> Any:
         eos_token=SPECIAL["end"],
         pad_token=SPECIAL["pad"],
         chat_template=CHAT_TEMPLATE,
+        instruction="",  # it knows one way to answer only
     )
 
 

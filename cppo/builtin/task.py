@@ -1,10 +1,10 @@
 """The built-in task: coloured shapes on a grid, and questions that need reading them first.
 
-Every answer needs two things: reading all cells of the picture, then one step of reasoning over
-what was read. The reference solution writes the reading down cell by cell, so each of its tokens
-is known to be *perception* (a colour or a shape that only the picture tells) or *reasoning*
-(everything that follows from the text so far). That is the exact ground truth against which the
-perception-token detector is measured.
+Every answer needs two things: reading all cells of the picture, then one step of reasoning that
+rearranges what was read. The reference solution writes the reading down cell by cell, so each of
+its tokens is known to be *perception* (a colour or a shape that only the picture tells) or
+*reasoning* (everything that follows from the text so far). That is the exact ground truth against
+which the perception-token detector is measured.
 """
 
 from __future__ import annotations
@@ -21,15 +21,14 @@ from cppo.data import Item
 
 COLOURS = {
     "red": (208, 48, 44),
-    "orange": (236, 140, 32),
     "yellow": (232, 208, 48),
     "green": (56, 152, 72),
     "blue": (44, 92, 196),
     "purple": (132, 64, 168),
 }
-SHAPES = ("circle", "square", "triangle", "diamond", "cross")
+SHAPES = ("circle", "square", "triangle", "cross")
 CELL_PIXELS = 56
-GRIDS = {1: (2, 2), 2: (2, 3), 3: (3, 3)}  # difficulty -> rows, columns
+GRIDS = {1: (1, 3), 2: (2, 2), 3: (2, 3)}  # difficulty -> rows, columns
 
 Cell = tuple[str, str]  # colour, shape
 
@@ -86,30 +85,21 @@ class ShapesTask:
         rows, columns = GRIDS[self.difficulty]
         cells = self._draw_layout(rng, rows * columns)
         kind = tuple(ASK)[index % len(ASK)]
-        place = int(rng.integers(2**63))  # both readers are asked the same question
-
-        def ask(seen: list[Cell]) -> tuple[str, str, str]:
-            return ASK[kind](np.random.default_rng(place), cells, seen, columns)
-
-        question, _, answer = ask(cells)
+        question, *orders = ASK[kind](rng, len(cells))
         seen = _misread(rng, cells, misread)
-        _, reasoning, conclusion = ask(seen)
         item = Item(
             row=f"{self.split}:{index}",
             images=(render(cells, columns, rng),) if draw else (),
             question="<image>" + question,
-            answer=answer,
+            answer=_name(cells, *orders),
             kind=kind,
         )
-        return Puzzle(item=item, solution=_solution(seen, reasoning, conclusion))
+        return Puzzle(item=item, solution=_solution(seen, *orders))
 
     def _draw_layout(self, rng: np.random.Generator, cells: int) -> list[Cell]:
         names = list(COLOURS)
         while True:
-            # Few distinct values a picture, so that counts above one are common.
-            colours = rng.choice(names, size=3, replace=False)
-            shapes = rng.choice(SHAPES, size=3, replace=False)
-            layout = [(str(rng.choice(colours)), str(rng.choice(shapes))) for _ in range(cells)]
+            layout = [(str(rng.choice(names)), str(rng.choice(SHAPES))) for _ in range(cells)]
             digest = hashlib.blake2b(repr(layout).encode(), digest_size=2).digest()
             if (digest[0] < 26) == (self.split == "eval"):  # a tenth of all layouts is held out
                 return layout
@@ -124,100 +114,59 @@ def _misread(rng: np.random.Generator, cells: list[Cell], share: float) -> list[
     return [(read(colour, list(COLOURS)), read(shape, SHAPES)) for colour, shape in cells]
 
 
-def _solution(cells: list[Cell], reasoning: str, answer: str) -> tuple[Span, ...]:
+def _name(cells: list[Cell], colours: list[int], shapes: list[int]) -> str:
+    return ", ".join(f"{cells[c][0]} {cells[s][1]}" for c, s in zip(colours, shapes, strict=True))
+
+
+def _solution(cells: list[Cell], colours: list[int], shapes: list[int]) -> tuple[Span, ...]:
     spans = [Span(text="<think>", perception=False)]
     for number, (colour, shape) in enumerate(cells, start=1):
         spans.append(Span(text=f" {number}", perception=False))
         spans.append(Span(text=f" {colour}", perception=True))
         spans.append(Span(text=f" {shape}", perception=True))
         spans.append(Span(text="," if number < len(cells) else ".", perception=False))
-    spans.append(Span(text=f" {reasoning}</think> \\boxed{{{answer}}}", perception=False))
+    order = " ".join(str(number + 1) for number in colours)
+    answer = _name(cells, colours, shapes)
+    spans.append(Span(text=f" {order}.</think> \\boxed{{{answer}}}", perception=False))
     return tuple(spans)
 
 
-# --- questions: (rng, cells, seen, columns) -> question, reasoning, answer ---------------------
-# The question is about the cells as they are; reasoning and answer go by what was seen of them.
+# --- questions: (rng, number of cells) -> how to rearrange them -------------------------------
 
 
-def _next_to(
-    rng: np.random.Generator, cells: list[Cell], seen: list[Cell], columns: int
-) -> tuple[str, str, str]:
-    """Geometry, then looking up: what is right of, or below, a numbered shape?"""
-    words, start, end = _neighbours(rng, len(cells), columns)
-    colour, shape = seen[end]
-    return (
-        f"What is {words} shape {start + 1}?",
-        f"{words} {start + 1} is {end + 1} {colour} {shape}.",
-        f"{colour} {shape}",
-    )
+def _reverse(rng: np.random.Generator, cells: int) -> Rearranged:
+    order = list(range(cells))[::-1]
+    return "Name all shapes from the last to the first.", order, order
 
 
-def _described(
-    rng: np.random.Generator, cells: list[Cell], seen: list[Cell], columns: int
-) -> tuple[str, str, str]:
-    """Finding, geometry, looking up: what is next to a shape that is described, not numbered?"""
-    for _ in range(20):
-        words, start, end = _neighbours(rng, len(cells), columns)
-        if cells.count(cells[start]) == 1:
-            break
-    else:
-        return _next_to(
-            rng, cells, seen, columns
-        )  # a picture of equal shapes describes none of them
-    (colour, shape), (found_colour, found_shape) = cells[start], seen[end]
-    return (
-        f"What is {words} the {colour} {shape}?",
-        f"{colour} {shape} is {start + 1}, {words} {start + 1} is {end + 1} "
-        f"{found_colour} {found_shape}.",
-        f"{found_colour} {found_shape}",
-    )
+def _swap(rng: np.random.Generator, cells: int) -> Rearranged:
+    first, second = sorted(int(number) for number in rng.choice(cells, size=2, replace=False))
+    order = list(range(cells))
+    order[first], order[second] = second, first
+    question = f"Shapes {first + 1} and {second + 1} change places. Name all shapes then."
+    return question, order, order
 
 
-def _swap(
-    rng: np.random.Generator, cells: list[Cell], seen: list[Cell], _: int
-) -> tuple[str, str, str]:
-    """Looking up twice, then recombining: one shape takes the colour of another."""
-    first, second = (int(number) for number in rng.choice(len(cells), size=2, replace=False))
-    answer = f"{seen[second][0]} {seen[first][1]}"
-    return (
-        f"Shape {first + 1} takes the colour of shape {second + 1}. What is it now?",
-        f"{second + 1} {seen[second][0]}, {first + 1} {seen[first][1]}: {answer}.",
-        answer,
-    )
+def _shift(rng: np.random.Generator, cells: int) -> Rearranged:
+    order = [cells - 1, *range(cells - 1)]
+    return "The last shape moves to the front. Name all shapes then.", order, order
 
 
-def _reverse(
-    rng: np.random.Generator, cells: list[Cell], seen: list[Cell], _: int
-) -> tuple[str, str, str]:
-    """Looking up everything in another order: colours, or shapes, from the last to the first."""
-    part = int(rng.integers(2))
-    found = [cell[part] for cell in reversed(seen)]
-    numbered = zip(range(len(cells), 0, -1), found, strict=True)
-    return (
-        f"Name the {('colours', 'shapes')[part]} from the last to the first.",
-        ", ".join(f"{number} {name}" for number, name in numbered) + ".",
-        " ".join(found),
-    )
+def _recolour(rng: np.random.Generator, cells: int) -> Rearranged:
+    order = [*range(1, cells), 0]
+    question = "Each shape takes the colour of the next, the last that of the first. Name all."
+    return question, order, list(range(cells))
 
 
-def _neighbours(rng: np.random.Generator, cells: int, columns: int) -> tuple[str, int, int]:
-    """A direction in words, a cell, and the cell that lies there from it."""
-    rows = cells // columns
-    if rng.random() < 0.5:
-        start = int(rng.integers(rows)) * columns + int(rng.integers(columns - 1))
-        return "right of", start, start + 1
-    start = int(rng.integers(rows - 1)) * columns + int(rng.integers(columns))
-    return "below", start, start + columns
-
-
-# The answers of every kind have many values: a guess hardly ever earns a reward, so that rewards
-# reinforce reading. (With yes-or-no questions and counts, training unlearned to read.)
-Ask = Callable[[np.random.Generator, list[Cell], list[Cell], int], tuple[str, str, str]]
-ASK: dict[str, Ask] = {
-    "next_to": _next_to,
-    "described": _described,
-    "swap": _swap,
+Rearranged = tuple[str, list[int], list[int]]  # question; whose colour, whose shape, in each place
+# Each answer needs every word that was read, and is hardly ever guessed. Rewards then reinforce
+# reading: with questions about part of the picture they also reinforced whatever had been said of
+# the rest, and with yes-or-no questions or counts also misreadings, and training unlearned to read.
+ASK: dict[str, Callable[[np.random.Generator, int], Rearranged]] = {
     "reverse": _reverse,
+    "swap": _swap,
+    "shift": _shift,
+    "recolour": _recolour,
 }
 
 
@@ -259,8 +208,6 @@ def _outline(shape: str, radius: float, turn: float) -> list[tuple[float, float]
         points = [(-s, -s), (s, -s), (s, s), (-s, s)]
     elif shape == "triangle":
         points = [(0, -radius), (0.95 * radius, 0.75 * radius), (-0.95 * radius, 0.75 * radius)]
-    elif shape == "diamond":
-        points = [(0, -radius), (0.72 * radius, 0), (0, radius), (-0.72 * radius, 0)]
     else:  # a cross
         s, r = 0.34 * radius, radius
         points = [(-s, -r), (s, -r), (s, -s), (r, -s), (r, s), (s, s)]

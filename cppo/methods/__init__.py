@@ -42,7 +42,12 @@ def build(name: str, options: Mapping[str, Any] | None = None) -> GRPO:
     for option in given:
         if option not in known:
             raise ValueError(f"method {name!r} has no option {option!r}{_nearest(option, known)}")
-    return method(**given)
+    try:
+        return method(**given)
+    except TypeError as error:
+        raise ValueError(
+            f"method {name!r}: an option has a value of the wrong type: {error}"
+        ) from error
 
 
 def _nearest(given: str, known: list[str]) -> str:

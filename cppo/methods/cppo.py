@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import get_args
 
+from PIL import Image
+
 from cppo.detector import Count, Score, Ties, perception_mask
 from cppo.methods.grpo import GRPO, require
 from cppo.methods.method import (
@@ -24,7 +26,7 @@ from cppo.methods.method import (
     positive,
 )
 from cppo.objective import Divergence, contrastive_perception_loss
-from cppo.perturb import PRESERVING, REMOVING
+from cppo.perturb import PRESERVING, REMOVING, perturb
 
 PRESERVED: Perturbations = {"colour_jitter": {}, "perspective": {}, "rotation": {}}
 REMOVED: Perturbations = {"occlusion": {}, "zoom_crop": {}}
@@ -68,8 +70,10 @@ class CPPO(GRPO):
             given, allowed = getattr(self, option), get_args(choices)
             require(option, given, given in allowed, f"one of {allowed}")
         for option in ("preserving", "removing"):
-            names, known = set(getattr(self, option)), {*PRESERVING, *REMOVING}
-            require(option, names, names and names <= known, f"some of {sorted(known)}")
+            given, known = getattr(self, option), {*PRESERVING, *REMOVING}
+            require(option, set(given), given and set(given) <= known, f"some of {sorted(known)}")
+            for name, parameters in given.items():  # bad ones show now, not at the first step
+                perturb(Image.new("RGB", (8, 8)), name, seed=0, **parameters)
 
     @property
     def views(self) -> tuple[View, ...]:

@@ -15,6 +15,10 @@ from torch import Tensor
 from cppo.policy.families import Family, family_of
 
 logger = logging.getLogger(__name__)
+INSTRUCTION = (
+    "\nFirst think about what the image shows and reason inside <think> </think>. "
+    "Then put the final answer in \\boxed{}."
+)
 
 # Adapters of weights that are read directly: by the scoring kernel, and by PatchProjection.
 UNADAPTABLE = ("lm_head.lora_A", "patch_embed.proj.lora_A")
@@ -35,6 +39,11 @@ class Policy:
     def base(self) -> Any:
         """The transformers model itself, adapters active within it."""
         return self.model.get_base_model() if self.has_adapters else self.model
+
+    @property
+    def instruction(self) -> str:
+        """What to append to questions: the model's own, from its tokenizer's settings, if any."""
+        return str(self.tokenizer.init_kwargs.get("instruction", INSTRUCTION))
 
     @property
     def has_adapters(self) -> bool:

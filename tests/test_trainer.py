@@ -1,0 +1,236 @@
+"""The whole path, on a small random model: what a run leaves behind, and that it can be resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cppo.config import (
+    EvaluationConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    RewardConfig,
+    RolloutConfig,
+    TrainConfig,
+)
+from cppo.methods import METHODS
+from cppo.trainer import Diverged, Trainer, learning_rate
+
+REWARD = "test_trainer:reward_length"
+
+
+def reward_length(response: str, answer: str, question: str) -> float:
+    """Something that a random policy varies in."""
+    return (len(response) % 7) / 7
+
+
+def config(model: Path, **changes: Any) -> TrainConfig:
+    plain = TrainConfig(
+        model=str(model),
+        data="builtin",
+        reward=REWARD,
+        steps=2,
+        backend="cpu",
+        checkpoint_every=0,
+        samples_every=1,
+        policy=PolicyConfig(max_prompt_tokens=600),
+        rollout=RolloutConfig(prompts=2, responses=3, max_new_tokens=6),
+        rewards=RewardConfig(workers=1),
+        optimizer=OptimizerConfig(learning_rate=1e-3, micro_batch_responses=4),
+        evaluation=EvaluationConfig(items=2, every=0, items_during=2, k=2),
+    )
+    return dataclasses.replace(plain, **changes)
+
+
+@pytest.fixture(autouse=True)
+def _own_reward_is_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parent)
+
+
+def run(settings: TrainConfig, folder: Path, *, resume: bool = False) -> dict[str, Any]:
+    trainer = Trainer(settings, folder, resume=resume)
+    try:
+        return trainer.train()
+    finally:
+        trainer.close()
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_trains_and_leaves_a_whole_run_folder(
+    method: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    summary = run(config(tiny_folder, method=method), tmp_path)
+    assert summary["finished"]
+    assert summary["steps"] == 2
+    metrics = lines(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in metrics] == [1, 2]
+    assert all(record["skipped"] == 0 for record in metrics if record["kept_groups"])
+    assert any(record["kept_groups"] for record in metrics)
+    before = weights_of(tiny_folder)
+    after = weights(tmp_path)
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+    assert [record["name"] for record in lines(tmp_path / "evaluation.jsonl")] == [
+        "before",
+        "after",
+    ]
+    sample = lines(tmp_path / "samples.jsonl")[0]
+    assert len(sample["tokens"]) == len(sample["logprob"]) == len(sample["entropy"])
+    assert ("perception" in sample) == method.startswith("cppo")
+    for name in ("config.yaml", "summary.json", "tensorboard", "checkpoints/step-000002"):
+        assert (tmp_path / name).exists(), name
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    whole = config(tiny_folder, steps=4, method="cppo")
+    run(whole, tmp_path / "whole")
+    run(dataclasses.replace(whole, steps=2), tmp_path / "parts")
+    run(whole, tmp_path / "parts", resume=True)
+    first, second = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=0, atol=0, msg=name)
+    timed = {"rollout_seconds", "views_seconds", "update_seconds"}
+    for a, b in zip(
+        lines(tmp_path / "whole" / "metrics.jsonl"),
+        lines(tmp_path / "parts" / "metrics.jsonl"),
+        strict=True,
+    ):
+        assert {k: v for k, v in a.items() if k not in timed} == {
+            k: v for k, v in b.items() if k not in timed
+        }
+
+
+def test_several_mini_batches_and_epochs_use_the_sampling_policys_logprobs(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    optimizer = OptimizerConfig(
+        learning_rate=1e-2, micro_batch_responses=4, mini_batch_prompts=1, epochs=2
+    )
+    run(config(tiny_folder, method="grpo", optimizer=optimizer), tmp_path)
+    moved = [record.get("old_kl", 0.0) for record in lines(tmp_path / "metrics.jsonl")]
+    assert max(moved) > 1e-4  # with the ratio taken against itself it would be zero
+
+
+def test_the_reference_term_is_zero_at_the_start_and_grows(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    settings = config(tiny_folder, method="grpo", method_options={"reference_kl": 0.1}, steps=3)
+    run(settings, tmp_path)
+    drift = [r["loss/reference_kl"] for r in lines(tmp_path / "metrics.jsonl") if r["kept_groups"]]
+    assert drift[0] == pytest.approx(0.0, abs=1e-6)
+    assert drift[-1] > 1e-5
+
+
+def test_adapters_are_trained_alone_and_saved_merged(tiny_folder: Path, tmp_path: Path) -> None:
+    settings = config(
+        tiny_folder,
+        method="cppo",
+        method_options={"reference_kl": 0.01},
+        policy=PolicyConfig(max_prompt_tokens=600, lora_rank=4, freeze_vision=True),
+    )
+    run(settings, tmp_path)
+    before, after = weights_of(tiny_folder), weights(tmp_path)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert not any("visual" in name or "embed" in name for name in changed)
+
+
+@pytest.mark.parametrize("name", ["geometry3k-mini", "dynamath-mini", "puzzlevqa-mini"])
+def test_real_pictures_train(
+    name: str, tiny_folder: Path, tmp_path: Path, shared_data: Callable[[str], Path]
+) -> None:
+    settings = config(
+        tiny_folder,
+        data=str(shared_data(name)),
+        policy=PolicyConfig(max_prompt_tokens=2048, max_pixels=112 * 112),
+    )
+    summary = run(settings, tmp_path)
+    assert summary["steps"] == 2
+    assert summary["skipped_rows"].startswith("0 of")
+    assert 0 <= summary["after"]["value"] <= 1
+
+
+def test_steps_that_are_not_finite_end_the_run_with_a_diagnosis(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    trainer = Trainer(config(tiny_folder), tmp_path)
+    try:
+        for _ in range(trainer.config.optimizer.max_bad_steps - 1):
+            trainer._mind({"skipped": 1.0, "grad_norm": float("nan")})
+        trainer._mind({"skipped": 0.0, "grad_norm": 1.0})  # one that is finite clears the count
+        for _ in range(trainer.config.optimizer.max_bad_steps - 1):
+            trainer._mind({"skipped": 1.0, "grad_norm": float("nan")})
+        with pytest.raises(Diverged, match="optimizer.learning_rate"):
+            trainer._mind({"skipped": 1.0, "grad_norm": float("nan")})
+    finally:
+        trainer.close()
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_with_a_checkpoint_to_resume_from(
+    sign: signal.Signals, tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    command = [
+        *(sys.executable, "-m", "cppo.cli", "train", "--model", str(tiny_folder)),
+        *("--steps", "500", "--output", str(folder), "--reward", REWARD, "--backend", "cpu"),
+        *("--rollout.prompts", "2", "--rollout.responses", "2", "--rollout.max_new_tokens", "6"),
+        *("--evaluation.items", "2", "--evaluation.k", "1", "--evaluation.every", "0"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = subprocess.Popen(command, env=environment, start_new_session=True)
+    deadline = time.monotonic() + 120
+    metrics = folder / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert started.poll() is None
+        assert time.monotonic() < deadline, "the run made no step"
+        time.sleep(0.1)
+    started.send_signal(sign)
+    assert started.wait(timeout=60) == 128 + sign
+    done = len(lines(metrics))
+    assert list((folder / "checkpoints").glob("step-*"))[-1].name == f"step-{done:06d}"
+    resumed = subprocess.run(
+        [*command[:4], "--resume", str(folder), "--steps", str(done + 1)],
+        env=environment,
+        timeout=120,
+        check=False,
+    )
+    assert resumed.returncode == 0
+    assert len(lines(metrics)) == done + 1
+
+
+def test_the_learning_rate_warms_up_and_decays_as_named() -> None:
+    settings = OptimizerConfig(learning_rate=1.0, warmup_steps=4, schedule="linear")
+    assert [learning_rate(settings, step, 8) for step in (1, 4, 5, 7)] == [0.25, 1.0, 1.0, 0.5]
+    cosine = dataclasses.replace(settings, schedule="cosine", warmup_steps=0)
+    assert learning_rate(cosine, 5, 8) == pytest.approx(0.5)
+    assert learning_rate(dataclasses.replace(cosine, schedule="constant"), 8, 8) == 1.0
