@@ -379,7 +379,7 @@ def test_no_other_model_gets_the_builtin_defaults(
 def test_ones_own_values_go_before_the_builtin_defaults(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str, by: str
 ) -> None:
-    value = "Look." if name.endswith("instruction") else 3
+    value = 3
     if by == "option":
         arguments = [f"--{name}", str(value)]
     else:
@@ -399,16 +399,18 @@ def test_a_value_equal_to_the_plain_default_goes_before_the_builtin_one(
     assert settings(capsys, "--steps", "500")["steps"] == 500
 
 
-def test_the_builtin_model_is_asked_the_same_way_in_evaluation_as_in_training() -> None:
-    def instruction(*arguments: str) -> str:
-        parsed = cli._parse("eval", EvalConfig, arguments)
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_the_instruction_is_left_to_the_model_unless_one_is_given(command: str) -> None:
+    def instruction(*arguments: str) -> str | None:
+        parsed = cli._parse(command, COMMAND_CONFIGS[command], arguments)
         assert parsed is not None
-        found: str = parsed[0].dataset.instruction
+        found: str | None = parsed[0].dataset.instruction
         return found
 
-    assert instruction() == BUILTIN["dataset.instruction"]
-    assert instruction("--model", "some/model") == config.INSTRUCTION
+    assert instruction() is None
+    assert instruction("--model", "some/model") is None
     assert instruction("--dataset.instruction", "Look.") == "Look."
+    assert instruction("--dataset.instruction", "") == ""
 
 
 # Run folders.

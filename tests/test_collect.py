@@ -3,6 +3,8 @@
 Everything is real: a small policy samples, worker processes grade.
 """
 
+import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -20,6 +22,7 @@ from cppo.device import choose
 from cppo.methods import GRPO, build
 from cppo.objective import group_advantages
 from cppo.policy import Policy, Row, Scorer, encode_item, load
+from cppo.policy.loading import INSTRUCTION
 from cppo.reward import Grader, Reward, default_reward
 
 PROMPTS, RESPONSES = 4, 4
@@ -44,10 +47,10 @@ class Puzzles(ShapesTask):
 
 
 class OnePuzzle(ShapesTask):
-    """The same puzzle in many rows."""
+    """The same puzzle in many rows; its answer is short, to be learned soon."""
 
     def read(self, index: int) -> Item:
-        return replace(super().read(0), row=str(index))
+        return replace(super().read(0), row=str(index), answer="red circle")
 
 
 class FakeGather:
@@ -399,3 +402,26 @@ def test_the_encoder_lets_go_of_prompts_once_they_are_taken(
     assert " Think." in policy.tokenizer.decode(prompts[0].ids)
     with pytest.raises(KeyError):
         encoder.take(items)
+
+
+def test_without_an_instruction_of_ones_own_the_models_is_taken(
+    tiny_folder: Path, tmp_path: Path, puzzles: ShapesTask
+) -> None:
+    pretrained = shutil.copytree(tiny_folder, tmp_path / "pretrained")
+    settings = json.loads((pretrained / "tokenizer_config.json").read_text())
+    assert settings.pop("instruction") == ""  # the built-in policy's, saved with it
+    (pretrained / "tokenizer_config.json").write_text(json.dumps(settings))
+    item = puzzles.read(0)
+
+    def asked(folder: Path, instruction: str | None) -> list[int]:
+        policy = load(str(folder), dtype=torch.float32, attention="sdpa")
+        encoder = Encoder(policy, instruction=instruction, max_tokens=999)
+        encoder.check(item)
+        [prompt] = encoder.take([item])
+        ids: list[int] = prompt.ids.tolist()
+        return ids
+
+    assert INSTRUCTION
+    assert asked(tiny_folder, None) == asked(tiny_folder, "") == asked(pretrained, "")
+    assert asked(pretrained, None) == asked(pretrained, INSTRUCTION) != asked(pretrained, "")
+    assert asked(tiny_folder, " Think.") == asked(pretrained, " Think.")

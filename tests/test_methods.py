@@ -135,6 +135,23 @@ def test_an_option_out_of_range_is_refused_by_name(option: str, value: Any) -> N
         build("cppo", {option: value})
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight": "much"}, r"'cppo'.* wrong type"),
+        ({"preserving": 5}, r"'cppo'.* wrong type"),
+        ({"preserving": {"rotation": 5}}, r"'cppo'.* wrong type"),
+        ({"preserving": {"rotation": {"degree": 5}}}, r"'degree' \(did you mean 'degrees'\?\)"),
+        ({"removing": {"rotation": {"degrees": "a"}}}, r"degrees must be .*not 'a'"),
+    ],
+)
+def test_values_and_perturbation_parameters_that_cannot_work_are_refused_at_once(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build("cppo", options)
+
+
 def test_the_ends_of_the_ranges_are_allowed() -> None:
     edges = {"clip_low": 1.0, "weight": 0.0, "fraction": 1.0, "reference_kl": 0.0}
     method = build("cppo", {**edges, "dual_clip": None})

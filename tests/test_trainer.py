@@ -189,7 +189,7 @@ def test_steps_that_are_not_finite_end_the_run_with_a_diagnosis(
         trainer._mind({"skipped": 0.0, "grad_norm": 1.0})  # one that is finite clears the count
         for _ in range(trainer.config.optimizer.max_bad_steps - 1):
             trainer._mind({"skipped": 1.0, "grad_norm": float("nan")})
-        with pytest.raises(Diverged, match="optimizer.learning_rate"):
+        with pytest.raises(Diverged, match=r"optimizer\.learning_rate"):
             trainer._mind({"skipped": 1.0, "grad_norm": float("nan")})
     finally:
         trainer.close()

@@ -285,7 +285,7 @@ def _example(tokenizer: Any, puzzle: Puzzle, *, image_tokens: int) -> Example:
         {"type": "text", "text": puzzle.item.question.replace(PLACEHOLDER, "")}
     ]
     if image_tokens:
-        content.insert(0, {"type": "image"})
+        content.append({"type": "image"})
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     ).replace(SPECIAL["image"], SPECIAL["image"] * image_tokens)

@@ -28,7 +28,7 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 CELL_PIXELS = 56
-GRIDS = {1: (1, 3), 2: (2, 2), 3: (2, 3)}  # difficulty -> rows, columns
+GRIDS = {1: (2, 2), 2: (2, 3), 3: (3, 3)}  # difficulty -> rows, columns
 
 Cell = tuple[str, str]  # colour, shape
 
@@ -81,16 +81,18 @@ class ShapesTask:
         """
         if not 0 <= index < self.size:
             raise IndexError(f"puzzle {index} asked for; the {self.split} split holds {self.size}")
-        rng = np.random.default_rng([self.seed, int(self.split == "eval"), self.difficulty, index])
+        key = [self.seed, int(self.split == "eval"), self.difficulty, index]
+        rng = np.random.default_rng(key)
         rows, columns = GRIDS[self.difficulty]
         cells = self._draw_layout(rng, rows * columns)
         kind = tuple(ASK)[index % len(ASK)]
         question, *orders = ASK[kind](rng, len(cells))
-        seen = _misread(rng, cells, misread)
+        seen = _misread(np.random.default_rng([*key, 1]), cells, misread)
         item = Item(
             row=f"{self.split}:{index}",
             images=(render(cells, columns, rng),) if draw else (),
-            question="<image>" + question,
+            question=question
+            + "<image>",  # last, so that it lies at a fixed distance from the answer
             answer=_name(cells, *orders),
             kind=kind,
         )
