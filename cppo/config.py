@@ -255,10 +255,12 @@ class PerturbConfig:
 
 BUILTIN: Mapping[str, Any] = {
     "steps": 100,
-    "rollout.prompts": 16,
+    # Many prompts and few responses: with 16 x 8 the policy learned its prompts by heart.
+    "rollout.prompts": 64,
+    "rollout.responses": 4,
     "rollout.max_new_tokens": 64,
     "rollout.batch_responses": 512,
-    "optimizer.learning_rate": 1e-4,
+    "optimizer.learning_rate": 5e-5,
     "optimizer.warmup_steps": 5,
     "optimizer.micro_batch_responses": 128,
     "evaluation.items": 512,
