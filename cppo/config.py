@@ -254,7 +254,7 @@ class PerturbConfig:
 
 
 BUILTIN: Mapping[str, Any] = {
-    "steps": 100,
+    "steps": 60,
     # Many prompts and few responses: with 16 x 8 the policy learned its prompts by heart.
     "rollout.prompts": 64,
     "rollout.responses": 4,
@@ -264,7 +264,7 @@ BUILTIN: Mapping[str, Any] = {
     "optimizer.warmup_steps": 5,
     "optimizer.micro_batch_responses": 128,
     "evaluation.items": 512,
-    "evaluation.every": 25,
+    "evaluation.every": 20,
     "evaluation.items_during": 128,
 }
 

@@ -1,10 +1,10 @@
 """The built-in task: coloured shapes on a grid, and questions that need reading them first.
 
-Every answer needs two things: reading all cells of the picture, then one step of reasoning over
-what was read. The reference solution writes the reading down cell by cell, so each of its tokens
-is known to be *perception* (a colour or a shape that only the picture tells) or *reasoning*
-(everything that follows from the text so far). That is the exact ground truth against which the
-perception-token detector is measured.
+Every answer needs two things: reading the cells of the picture, then one step of reasoning about
+which of them to name, and in which order. The reference solution writes the reading down cell by
+cell, so that each of its tokens is known to be *perception* (a colour or a shape that only the
+picture tells) or *reasoning* (everything that follows from the text so far). That is the exact
+ground truth against which the perception-token detector is measured.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class ShapesTask:
     def _draw_layout(self, rng: np.random.Generator, cells: int) -> list[Cell]:
         names = list(COLOURS)
         while True:
-            # Few distinct values a picture: what lies elsewhere is the likeliest misreading.
+            # Few distinct values a picture, so that a word alone does not tell its place.
             colours = rng.choice(names, size=3, replace=False)
             shapes = rng.choice(SHAPES, size=3, replace=False)
             layout = [(str(rng.choice(colours)), str(rng.choice(shapes))) for _ in range(cells)]
@@ -138,8 +138,11 @@ def _answer(cells: list[Cell], places: Sequence[int]) -> str:
 
 # --- questions: (rng, places row by row) -> question, the places to name, in order -------------
 
+Grid = np.ndarray[tuple[int, int], np.dtype[np.int64]]
+Question = tuple[str, list[int]]
 
-def _next_to(rng: np.random.Generator, grid: np.ndarray) -> Question:
+
+def _next_to(rng: np.random.Generator, grid: Grid) -> Question:
     rows, columns = grid.shape
     if rng.random() < 0.5:
         row, column = rng.integers(rows), rng.integers(columns - 1)
@@ -150,22 +153,21 @@ def _next_to(rng: np.random.Generator, grid: np.ndarray) -> Question:
     return f"Which shape is {direction} the {PLACES[grid[row, column]]}?", [int(there)]
 
 
-def _reverse(_: np.random.Generator, grid: np.ndarray) -> Question:
+def _reverse(_: np.random.Generator, grid: Grid) -> Question:
     return "Name all shapes from the last to the first.", grid.ravel()[::-1].tolist()
 
 
-def _columns(_: np.random.Generator, grid: np.ndarray) -> Question:
+def _columns(_: np.random.Generator, grid: Grid) -> Question:
     return "Name all shapes column by column.", grid.T.ravel().tolist()
 
 
-def _bottom_up(_: np.random.Generator, grid: np.ndarray) -> Question:
+def _bottom_up(_: np.random.Generator, grid: Grid) -> Question:
     return "Name all shapes row by row, from the bottom up.", grid[::-1].ravel().tolist()
 
 
-Question = tuple[str, list[int]]
 # Most of what is read counts, and an answer is hardly ever guessed, so that rewards reinforce
 # reading. (With yes-or-no questions and counts they reinforced misreadings too.)
-ASK: dict[str, Callable[[np.random.Generator, np.ndarray], Question]] = {
+ASK: dict[str, Callable[[np.random.Generator, Grid], Question]] = {
     "next_to": _next_to,
     "reverse": _reverse,
     "columns": _columns,
@@ -177,7 +179,7 @@ ASK: dict[str, Callable[[np.random.Generator, np.ndarray], Question]] = {
 
 
 def render(cells: list[Cell], columns: int, rng: np.random.Generator) -> Image.Image:
-    """Draws the cells row by row, 56 px each: sizes, places, turns and tints vary a little."""
+    """Draws the cells row by row, 56 px each: sizes, positions, turns and tints vary a little."""
     rows = len(cells) // columns
     background = tuple(int(v) for v in rng.integers(225, 256, size=3))
     size = (columns * CELL_PIXELS, rows * CELL_PIXELS)
