@@ -9,8 +9,8 @@ if [ "$(cat .venv/installed-from 2>/dev/null)" != "$wanted" ]; then
   echo "installing into .venv (a minute or two)"
   # PyTorch first and by its exact version: a build without CUDA is a tenth of the size.
   torch=$(grep '^torch==' ci/constraints.txt)
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$torch"
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint ci/constraints.txt --editable ".[${EXTRAS:-train,test}]"
+  .venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$torch"
+  .venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check --constraint ci/constraints.txt --editable ".[${EXTRAS:-train,test}]"
   echo "$wanted" > .venv/installed-from
 fi
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" TOKENIZERS_PARALLELISM=false

@@ -62,6 +62,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     parsed = _parse("eval", EvalConfig, arguments)
     if parsed is None:
         return 0
+    check(parsed[0])
     _set_up_logging()
     from cppo.evaluation.command import run
 
@@ -79,6 +80,7 @@ def perturb(arguments: Sequence[str]) -> int:
     from cppo.perturb import contact_sheet
 
     config: PerturbConfig = parsed[0]
+    check(config)
     try:
         with Image.open(config.image) as image:
             sheet = contact_sheet(image, config.seed, draws=config.draws)
@@ -312,8 +314,10 @@ def _run_folder(config: TrainConfig, resumed: str | None) -> Path:
     if resumed is not None:
         return Path(resumed)
     if config.output is None:
-        model = Path(config.model).name
-        return Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{config.method}-{model}"
+        name = f"{datetime.now():%Y%m%d-%H%M%S}-{config.method}-{Path(config.model).name}"
+        others = (f"{name}-{number}" for number in itertools.count(2))
+        folders = (Path("runs") / each for each in itertools.chain([name], others))
+        return next(folder for folder in folders if not folder.exists())
     folder = Path(config.output)
     if (folder / "config.yaml").exists():
         raise ValueError(

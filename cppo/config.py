@@ -6,8 +6,8 @@ for them, so that `cppo train` alone does something worth watching on a plain CP
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 
@@ -269,50 +269,80 @@ BUILTIN: Mapping[str, Any] = {
 }
 
 
-def check(config: TrainConfig) -> None:
+def check(config: TrainConfig | EvalConfig | PerturbConfig) -> None:
     """Raises ValueError for values that contradict each other or make no sense."""
-    rollout, optimizer, evaluation = config.rollout, config.optimizer, config.evaluation
-    rules: list[tuple[str, object, bool, str]] = [
-        ("steps", config.steps, config.steps >= 0, "at least 0"),
-        ("rollout.prompts", rollout.prompts, rollout.prompts >= 1, "at least 1"),
-        ("rollout.responses", rollout.responses, rollout.responses >= 2, "at least 2: a group"),
-        ("rollout.temperature", rollout.temperature, rollout.temperature > 0, "above 0"),
-        ("rollout.top_p", rollout.top_p, 0 < rollout.top_p <= 1, "above 0, at most 1"),
-        ("rollout.max_new_tokens", rollout.max_new_tokens, rollout.max_new_tokens >= 1, ">= 1"),
-        (
-            "optimizer.schedule",
-            optimizer.schedule,
-            optimizer.schedule in ("constant", "linear", "cosine"),
-            "constant, linear or cosine",
-        ),
-        (
-            "optimizer.learning_rate",
-            optimizer.learning_rate,
-            optimizer.learning_rate > 0,
-            "above 0",
-        ),
-        (
-            "optimizer.mini_batch_prompts",
-            optimizer.mini_batch_prompts,
-            0 <= optimizer.mini_batch_prompts <= rollout.prompts,
-            f"0 (all), or at most rollout.prompts ({rollout.prompts})",
-        ),
-        (
-            "optimizer.micro_batch_responses",
-            optimizer.micro_batch_responses,
-            optimizer.micro_batch_responses >= 1,
-            "at least 1",
-        ),
-        ("optimizer.epochs", optimizer.epochs, optimizer.epochs >= 1, "at least 1"),
-        ("evaluation.k", evaluation.k, evaluation.k >= 1, "at least 1"),
-        ("evaluation.items", evaluation.items, evaluation.items >= 1, "at least 1"),
-        (
-            "dataset.eval_share",
-            config.dataset.eval_share,
-            0 < config.dataset.eval_share < 1,
-            "between 0 and 1",
-        ),
-    ]
-    for name, given, fine, allowed in rules:
-        if not fine:
-            raise ValueError(f"{name} is {given!r}; it must be {allowed}")
+    for name, given in _flat(config):
+        minimum = MINIMA.get(name.removeprefix("rollout."))
+        if name in POSITIVE and not given > 0:
+            raise ValueError(f"{name} is {given!r}; it must be above 0")
+        if minimum is not None and given < minimum:
+            raise ValueError(f"{name} is {given!r}; it must be at least {minimum}")
+        if name.endswith("top_p") and not 0 < given <= 1:
+            raise ValueError(f"{name} is {given!r}; it must be above 0, at most 1")
+        if name in SHARES and not 0 < given < 1:
+            raise ValueError(f"{name} is {given!r}; it must be between 0 and 1")
+        if name in CHOICES and given not in CHOICES[name]:
+            raise ValueError(f"{name} is {given!r}; it must be one of {', '.join(CHOICES[name])}")
+    if isinstance(config, TrainConfig):
+        prompts, given = config.rollout.prompts, config.optimizer.mini_batch_prompts
+        if given > prompts:
+            raise ValueError(
+                f"optimizer.mini_batch_prompts is {given}; it must be 0 (all), or at most "
+                f"rollout.prompts ({prompts})"
+            )
+
+
+# What `check` holds settings to; options of sampling have the same limits in every command.
+MINIMA: Mapping[str, float] = {
+    "steps": 0,
+    "checkpoint_every": 0,
+    "samples_every": 0,
+    "k": 1,
+    "count": 1,
+    "draws": 1,
+    "prompts": 1,
+    "responses": 2,  # a group
+    "max_new_tokens": 1,
+    "batch_responses": 1,
+    "max_resamples": 0,
+    "temperature": 0,
+    "dataset.max_skipped_share": 0,
+    "dataset.max_image_pixels": 1,
+    "policy.max_prompt_tokens": 1,
+    "policy.lora_rank": 0,
+    "rewards.workers": 1,
+    "optimizer.warmup_steps": 0,
+    "optimizer.weight_decay": 0,
+    "optimizer.mini_batch_prompts": 0,
+    "optimizer.epochs": 1,
+    "optimizer.micro_batch_responses": 1,
+    "optimizer.max_bad_steps": 1,
+    "evaluation.items": 1,
+    "evaluation.items_during": 1,
+    "evaluation.every": 0,
+    "evaluation.k": 1,
+    "evaluation.temperature": 0,
+}
+POSITIVE = frozenset(
+    {
+        "rollout.temperature",
+        "rewards.timeout_seconds",
+        "optimizer.learning_rate",
+        "optimizer.max_grad_norm",
+        "policy.lora_alpha",
+    }
+)
+SHARES = frozenset({"dataset.eval_share", "optimizer.beta1", "optimizer.beta2"})
+CHOICES: Mapping[str, tuple[Any, ...]] = {
+    "optimizer.schedule": ("constant", "linear", "cosine"),
+    "split": ("eval", "train"),
+}
+
+
+def _flat(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for entry in fields(section):
+        value = getattr(section, entry.name)
+        if is_dataclass(value):
+            yield from _flat(value, f"{prefix}{entry.name}.")
+        else:
+            yield f"{prefix}{entry.name}", value

@@ -89,3 +89,9 @@ def percent(estimate: Estimate) -> str:
     """An estimate of a share, as people read it."""
     value, low, high = (100 * v for v in (estimate.value, estimate.low, estimate.high))
     return f"{value:.1f} %  [{low:.1f}, {high:.1f}]"
+
+
+def points(difference: Estimate) -> str:
+    """A difference of shares, in percentage points."""
+    value, low, high = (100 * v for v in (difference.value, difference.low, difference.high))
+    return f"{value:+.1f} points  [{low:+.1f}, {high:+.1f}]"

@@ -67,7 +67,8 @@ class RunFolder:
             self._append("samples.jsonl", record)
 
     def rewind(self, step: int) -> None:
-        """Drops what was logged after `step`, from a run that is being resumed there."""
+        """Drops what a run that is being resumed at `step` will log again: all later steps, and the
+        evaluation after the last one."""
         if not self._active:
             return
         self._purged_from = step + 1
@@ -76,7 +77,7 @@ class RunFolder:
             if path.exists():
                 # Not splitlines: responses may hold line separators that JSON leaves as they are.
                 lines = path.read_text(encoding="utf-8").split("\n")
-                kept = [line for line in lines if _step_of(line) <= step]
+                kept = [line for line in lines if _stays(line, step)]
                 path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def close(self) -> None:
@@ -101,11 +102,12 @@ class RunFolder:
             self._board.add_scalar(name, value, step)
 
 
-def _step_of(line: str) -> float:
+def _stays(line: str, step: int) -> bool:
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # a line cut short when the process died
+        record = json.loads(line)
+        return bool(record["step"] <= step and record.get("name") != "after")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False  # a line cut short when the process died
 
 
 def _plain(value: Any) -> Any:

@@ -55,8 +55,10 @@ def open_policy(
     lost in 16 bits; beneath LoRA adapters they are kept in the precision itself.
     """
     if model == "builtin":
-        with console.progress("warm start", builtin.WarmStart().steps) as show:
-            folder = builtin.ensure(difficulty, progress=lambda done: show(done, ""))
+        folder = builtin.entry(difficulty)
+        if not folder.exists():
+            with console.progress("warm start", builtin.WarmStart().steps) as show:
+                builtin.ensure(difficulty, progress=lambda done: show(done, ""))
         model = str(folder)
     limits = {"min_pixels": settings.min_pixels, "max_pixels": settings.max_pixels}
     lora: dict[str, Any] | None = None

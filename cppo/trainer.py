@@ -22,7 +22,7 @@ import torch
 from cppo import checkpoint
 from cppo.collect import Collector, Encoder, Group
 from cppo.config import OptimizerConfig, TrainConfig, check
-from cppo.console import Console, StopRequest, percent
+from cppo.console import Console, StopRequest, percent, points
 from cppo.data import Feed, SkipLedger, usable
 from cppo.device import Backend, choose, resolve_attention, resolve_precision
 from cppo.evaluation.metrics import Estimate, paired_difference
@@ -321,7 +321,7 @@ class Trainer:
         first = Outcome.mean(self.before)
         last = after.summary()[f"avg@{k}"]
         rows = [("before", percent(first)), ("after", percent(last))]
-        rows.append(("difference", percent(difference)))
+        rows.append(("difference", points(difference)))
         self.console.table(f"avg@{k} on {len(self.held_out)} held-out items", ("", "95 %"), rows)
         named: dict[str, Estimate] = {"before": first, "after": last, "difference": difference}
         return {name: dataclasses.asdict(estimate) for name, estimate in named.items()}

@@ -256,9 +256,9 @@ class Updater:
     def _watch(self, tokens: Tokens, plan: Plan, sums: dict[str, Tensor]) -> None:
         mask = tokens.mask
         count = mask.sum()
-        logprobs = tokens.seen.logprobs.detach()
-        ratio = (logprobs - tokens.old_logprobs).clamp(-20, 20).exp()
-        outside = (ratio > 1 + self._method.clip_high) | (ratio < 1 - self._method.clip_low)
+        clipped = self._method.log_ratio(tokens).clamp(-20, 20).exp()
+        outside = (clipped > 1 + self._method.clip_high) | (clipped < 1 - self._method.clip_low)
+        ratio = (tokens.seen.logprobs.detach() - tokens.old_logprobs).clamp(-20, 20).exp()
         _add(sums, "entropy", (tokens.seen.entropy.detach() * mask).sum(), count)
         _add(sums, "clip_share", (outside & mask).sum(), count)
         _add(sums, "old_kl", ((ratio - 1 - ratio.log()) * mask).sum(), count)

@@ -16,51 +16,54 @@ from safetensors.torch import load_file
 from cppo.builtin import GRIDS, Puzzle, ShapesTask, WarmStart, ensure, label_tokens
 from cppo.builtin import policy as policy_module
 from cppo.builtin.policy import IMAGE_PIXELS, SPECIAL, build_model
-from cppo.builtin.task import CELL_PIXELS, COLOURS, SHAPES, render
+from cppo.builtin.task import CELL_PIXELS, COLOURS, PLACES, SHAPES, render
+from cppo.policy import Policy, encode_item
 from cppo.policy.families.qwen_vl import PatchProjection, QwenVL
 from cppo.reward import default_reward
 
-KINDS = ("reverse", "swap", "shift", "recolour")
+KINDS = ("next_to", "reverse", "columns", "bottom_up")
 TINY = WarmStart(text_steps=2, text_batch=4, read_steps=2, read_batch=4, puzzles=8)
 Cells = list[tuple[str, str]]
 
 
+def named(text: str) -> list[tuple[str, str, str]]:
+    """Places, colours and shapes, as a reading or an answer writes them."""
+    words = text.split(" ")
+    return list(zip(words[::3], words[1::3], words[2::3], strict=True))
+
+
 def reading(puzzle: Puzzle) -> Cells:
     """The cells, in order, as the solution writes them down after looking."""
-    written = re.match(r"<think>(.*?)\.", puzzle.response)
+    written = re.match(r"<think> (.*?)\.</think>", puzzle.response)
     assert written is not None
-    parts = written[1].strip().split(", ")
-    cells = []
-    for number, part in enumerate(parts, start=1):
-        index, colour, shape = part.split(" ")
-        assert index == str(number)
-        assert colour in COLOURS
-        assert shape in SHAPES
-        cells.append((colour, shape))
-    return cells
+    places, colours, shapes = zip(*named(written[1]), strict=True)
+    assert places == PLACES[: len(places)]
+    assert set(colours) <= set(COLOURS)
+    assert set(shapes) <= set(SHAPES)
+    return list(zip(colours, shapes, strict=True))
 
 
-def answer_of(question: str, cells: Cells) -> str:
+def answer_of(question: str, cells: Cells, columns: int) -> str:
     """What the question asks, worked out from the cells."""
     assert question.count("<image>") == 1
-    asked = question.removeprefix("<image>").removesuffix("<image>")
-    named = list(cells)
-    swapped = re.fullmatch(r"Shapes (\d+) and (\d+) change places\. Name all shapes then\.", asked)
-    if swapped:
-        first, second = int(swapped[1]), int(swapped[2])
-        assert 1 <= first < second <= len(cells)
-        named[first - 1], named[second - 1] = cells[second - 1], cells[first - 1]
+    asked = question.removesuffix("<image>")
+    numbers = list(range(len(cells)))
+    rows = [numbers[start : start + columns] for start in range(0, len(cells), columns)]
+    beside = re.fullmatch(r"Which shape is (right of|below) the (\w+)\?", asked)
+    if beside:
+        start = PLACES.index(beside[2])
+        there = start + (1 if beside[1] == "right of" else columns)
+        assert there < len(cells)
+        assert beside[1] == "below" or there % columns, "nothing lies right of the last column"
+        wanted = [there]
     elif asked == "Name all shapes from the last to the first.":
-        named.reverse()
-    elif asked == "The last shape moves to the front. Name all shapes then.":
-        named.insert(0, named.pop())
+        wanted = numbers[::-1]
+    elif asked == "Name all shapes column by column.":
+        wanted = [row[column] for column in range(columns) for row in rows]
     else:
-        assert asked == (
-            "Each shape takes the colour of the next, the last that of the first. Name all."
-        )
-        following = [*cells[1:], cells[0]]
-        named = [(cell[0], own[1]) for cell, own in zip(following, cells, strict=True)]
-    return ", ".join(f"{colour} {shape}" for colour, shape in named)
+        assert asked == "Name all shapes row by row, from the bottom up."
+        wanted = [number for row in reversed(rows) for number in row]
+    return " ".join(f"{PLACES[place]} {' '.join(cells[place])}" for place in wanted)
 
 
 def task(
@@ -83,25 +86,15 @@ def test_every_answer_follows_from_what_the_solution_reads(difficulty: int, spli
     for puzzle in puzzles_of(task(difficulty, split=split, size=300)):
         cells = reading(puzzle)
         assert len(cells) == rows * columns
-        assert puzzle.item.answer == answer_of(puzzle.item.question, cells)
+        assert puzzle.item.answer == answer_of(puzzle.item.question, cells, columns)
         assert puzzle.response.endswith(f"</think> \\boxed{{{puzzle.item.answer}}}")
 
 
 @pytest.mark.parametrize("difficulty", GRIDS)
-def test_after_reading_the_solution_says_where_each_colour_of_the_answer_stood(
-    difficulty: int,
-) -> None:
+def test_no_answer_only_repeats_the_reading(difficulty: int) -> None:
     for puzzle in puzzles_of(task(difficulty)):
-        cells = reading(puzzle)
-        reasoning = puzzle.response.partition(".")[2].partition("</think>")[0]
-        assert re.fullmatch(r"( \d+)+\.", reasoning)
-        order = [int(number) - 1 for number in reasoning.strip(" .").split()]
-        assert sorted(order) == list(range(len(cells)))
-        assert order != sorted(order), "the answer only repeats the reading"
-        named = [tuple(words.split(" ")) for words in puzzle.item.answer.split(", ")]
-        assert [colour for colour, _ in named] == [cells[place][0] for place in order]
-        places = range(len(cells)) if puzzle.item.kind == "recolour" else order
-        assert [shape for _, shape in named] == [cells[place][1] for place in places]
+        places = [place for place, _, _ in named(puzzle.item.answer)]
+        assert places != list(PLACES[: len(reading(puzzle))])
 
 
 @pytest.mark.parametrize("difficulty", GRIDS)
@@ -155,6 +148,7 @@ def test_a_puzzle_is_the_same_with_and_without_its_picture() -> None:
 @pytest.mark.parametrize("difficulty", GRIDS)
 def test_a_careless_reader_is_asked_the_same_and_misreads_the_share_given(difficulty: int) -> None:
     source, misread, words = task(difficulty, size=300), 0, 0
+    columns = GRIDS[difficulty][1]
     for index in range(len(source)):
         careful = source.puzzle(index, draw=False)
         careless = source.puzzle(index, draw=False, misread=0.15)
@@ -162,7 +156,7 @@ def test_a_careless_reader_is_asked_the_same_and_misreads_the_share_given(diffic
         pairs = list(zip(reading(careful), reading(careless), strict=True))
         misread += sum(a != b for one, other in pairs for a, b in zip(one, other, strict=True))
         words += 2 * len(pairs)
-        concluded = answer_of(careless.item.question, reading(careless))
+        concluded = answer_of(careless.item.question, reading(careless), columns)
         assert careless.response.endswith(f"</think> \\boxed{{{concluded}}}")
     assert abs(misread / words - 0.15) < 4 * (0.15 * 0.85 / words) ** 0.5
 
@@ -290,6 +284,20 @@ def test_the_chat_template_puts_the_picture_where_it_stands(tokenizer: Any) -> N
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
+
+
+def test_the_warm_start_asks_as_training_does(tiny_policy: Policy) -> None:
+    for index in range(len(KINDS)):
+        puzzle = task().puzzle(index)
+        prompt = encode_item(tiny_policy, puzzle.item, instruction="", max_tokens=999)
+        ids, targets, perception = policy_module._example(
+            tiny_policy.tokenizer, puzzle, image_tokens=int(prompt.image_mask.sum())
+        )
+        asked = len(prompt.ids)
+        assert torch.equal(ids[:asked], prompt.ids)
+        assert targets[:asked].tolist() == [-100] * asked
+        assert targets[asked:].tolist() == ids[asked:].tolist()
+        assert not perception[:asked].any()
 
 
 # The cache.

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,15 @@ import yaml
 from PIL import Image
 
 from cppo import cli, config
-from cppo.config import BUILTIN, EvalConfig, PerturbConfig, TrainConfig
+from cppo.config import (
+    BUILTIN,
+    MINIMA,
+    POSITIVE,
+    SHARES,
+    EvalConfig,
+    PerturbConfig,
+    TrainConfig,
+)
 from cppo.methods import METHODS
 
 COMMAND_CONFIGS = {"train": TrainConfig, "eval": EvalConfig, "perturb": PerturbConfig}
@@ -23,6 +32,11 @@ CONFIGS = [
     kind
     for kind in vars(config).values()
     if isinstance(kind, type) and dataclasses.is_dataclass(kind)
+]
+LEAST = [
+    (name, int(MINIMA[name.removeprefix("rollout.")]))
+    for name, _ in config._flat(TrainConfig())
+    if name.removeprefix("rollout.") in MINIMA and name not in POSITIVE
 ]
 
 
@@ -413,7 +427,57 @@ def test_the_instruction_is_left_to_the_model_unless_one_is_given(command: str) 
     assert instruction("--dataset.instruction", "") == ""
 
 
+# Values that make no sense.
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value", "allowed"),
+    [
+        *(("train", name, str(minimum - 1), f"at least {minimum}") for name, minimum in LEAST),
+        *(("train", name, "0", "above 0") for name in sorted(POSITIVE)),
+        *(("train", name, value, "between 0 and 1") for name in sorted(SHARES) for value in "01"),
+        ("train", "rollout.top_p", "0", "above 0, at most 1"),
+        ("train", "rollout.top_p", "1.1", "above 0, at most 1"),
+        ("train", "optimizer.schedule", "step", "one of constant, linear, cosine"),
+        ("train", "optimizer.mini_batch_prompts", "65", "at most rollout.prompts (64)"),
+        ("eval", "k", "0", "at least 1"),
+        ("eval", "count", "0", "at least 1"),
+        ("eval", "temperature", "-1", "at least 0"),
+        ("eval", "top_p", "2", "above 0, at most 1"),
+        ("eval", "max_new_tokens", "0", "at least 1"),
+        ("eval", "batch_responses", "0", "at least 1"),
+        ("eval", "split", "test", "one of eval, train"),
+        ("perturb", "draws", "0", "at least 1"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_what_is_allowed(
+    capsys: pytest.CaptureFixture[str], command: str, option: str, value: str, allowed: str
+) -> None:
+    image = ["picture.png"] if command == "perturb" else []
+    message = refusal(capsys, command, *image, f"--{option}={value}")
+    assert re.search(rf"\b{re.escape(option)} is '?{re.escape(value)}", message)
+    assert allowed in message
+
+
 # Run folders.
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Noon(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> "Noon":
+            return cls(2026, 1, 2, 12)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "datetime", Noon)
+    made = []
+    for _ in range(3):
+        made.append(cli._run_folder(TrainConfig(), None))
+        made[-1].mkdir(parents=True)
+    name = "20260102-120000-cppo-builtin"
+    assert [str(folder) for folder in made] == [f"runs/{name}{end}" for end in ("", "-2", "-3")]
 
 
 def test_an_output_that_holds_a_run_is_refused_with_the_way_to_go_on(

@@ -85,6 +85,17 @@ def test_rewinding_drops_what_came_after_the_step_and_nothing_else(tmp_path: Pat
     assert [line["step"] for line in lines(tmp_path / "samples.jsonl")] == [1, 1, 2, 2]
 
 
+def test_a_finished_run_that_is_resumed_keeps_one_evaluation_after_it(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for step, name in ((0, "before"), (2, "step 2"), (4, "after")):
+        folder.log_evaluation(step, {"name": name})
+    folder.rewind(4)
+    folder.log_evaluation(4, {"name": "after"})
+    folder.close()
+    names = [line["name"] for line in lines(tmp_path / "evaluation.jsonl")]
+    assert names == ["before", "step 2", "after"]
+
+
 def test_rewinding_drops_a_line_that_a_killed_process_left_unfinished(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.log_metrics(1, {"loss": 1.0})

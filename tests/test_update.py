@@ -420,6 +420,22 @@ def test_samples_that_bring_no_old_logprobs_have_a_ratio_of_one(policy: Policy) 
         check(descend(policy, method, mixed, micro_batch)[0], expected_change)
 
 
+def test_gspo_counts_the_responses_whose_own_ratio_left_the_range(policy: Policy) -> None:
+    """Tokens up by 0.5 and down by 0.5 leave a ratio of one: nothing of that response is clipped.
+
+    A token ratio of e^0.001 is nothing to a token clip, and outside gspo's range for a response.
+    """
+    method = build("gspo")
+    samples = make_samples(policy, method)
+    current = updater(make_scorer(policy), method, 2).score_without_gradient(samples)
+    swing = current[0] + torch.tensor([0.5, -0.5]).repeat(len(current[0]))[: len(current[0])]
+    swing[2 * (len(swing) // 2) :] = current[0][2 * (len(swing) // 2) :]  # an even number moves
+    known = [swing, current[1] - 1e-3, *current[2:]]
+    stale = [replace(s, old_logprobs=old) for s, old in zip(samples, known, strict=True)]
+    metrics = descend(policy, method, stale, 2)[1]
+    assert metrics["clip_share"] == pytest.approx(LENGTHS[1] / sum(LENGTHS), rel=1e-6)
+
+
 @pytest.mark.parametrize(("shift", "sign"), [(-0.5, 1.0), (0.5, -1.0)])
 def test_tokens_whose_ratio_left_the_range_are_counted_and_learn_nothing(
     policy: Policy, shift: float, sign: float

@@ -70,6 +70,17 @@ class WarmStart:
         return self.text_steps + self.read_steps
 
 
+def entry(difficulty: int = 1, settings: WarmStart | None = None) -> Path:
+    """The folder in `cache_folder()` where the policy lies, once it has been trained.
+
+    Its name changes with the task, the settings and this code.
+    """
+    code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    settings = settings or WarmStart()
+    key = hashlib.blake2b(code + repr((difficulty, settings)).encode(), digest_size=6).hexdigest()
+    return cache_folder() / f"builtin-{difficulty}-{key}"
+
+
 def ensure(
     difficulty: int = 1,
     *,
@@ -78,13 +89,10 @@ def ensure(
 ) -> Path:
     """The folder of the warm-started policy; trains it on first use.
 
-    `progress` is told the steps done, of `WarmStart.steps`. The folder lies in `cache_folder()`;
-    its name changes with the task, the settings and this code.
+    `progress` is told the steps done, of `WarmStart.steps`.
     """
     settings = settings or WarmStart()
-    code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-    key = hashlib.blake2b(code + repr((difficulty, settings)).encode(), digest_size=6).hexdigest()
-    folder = cache_folder() / f"builtin-{difficulty}-{key}"
+    folder = entry(difficulty, settings)
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:

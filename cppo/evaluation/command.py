@@ -26,8 +26,6 @@ DETECTOR_PUZZLES = 256
 
 def run(config: EvalConfig) -> Outcome:
     """Evaluates, prints tables, and writes the results where `config.json` says."""
-    if config.split not in ("train", "eval"):
-        raise ValueError(f"split is {config.split!r}; it must be 'train' or 'eval'")
     console = Console()
     backend = choose(config.backend)
     precision = resolve_precision(backend, config.precision)

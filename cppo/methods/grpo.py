@@ -85,6 +85,10 @@ class GRPO:
             terms["reference_kl"] = Term(per_token=drift, weight=self.reference_kl)
         return terms
 
+    def log_ratio(self, tokens: Tokens) -> Tensor:
+        """Of the policy to the one that sampled, as the clip sees it; no gradient, (B, T)."""
+        return tokens.seen.logprobs.detach() - tokens.old_logprobs
+
     def surrogate(self, tokens: Tokens, plan: Plan) -> Tensor:
         """The clipped policy-gradient loss, (B, T)."""
         return clipped_surrogate(

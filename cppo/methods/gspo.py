@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from cppo.methods.grpo import GRPO
@@ -18,6 +19,11 @@ class GSPO(GRPO):
     clip_low: float = 3e-4
     clip_high: float = 4e-4
     aggregation: Aggregation = "sequence-mean"
+
+    def log_ratio(self, tokens: Tokens) -> Tensor:
+        by_token = torch.where(tokens.mask, super().log_ratio(tokens), 0.0)
+        lengths = tokens.mask.sum(-1, keepdim=True).clamp(min=1)
+        return (by_token.sum(-1, keepdim=True) / lengths).expand(tokens.mask.shape)
 
     def surrogate(self, tokens: Tokens, plan: Plan) -> Tensor:
         return sequence_surrogate(
