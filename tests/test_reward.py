@@ -25,7 +25,6 @@ from hypothesis import strategies as st
 from cppo.reward import (
     Grader,
     Reward,
-    _parsed,
     accuracy,
     close,
     default_reward,
@@ -35,6 +34,7 @@ from cppo.reward import (
     same_answer,
     well_formed,
 )
+from cppo.reward.answers import _parsed
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
