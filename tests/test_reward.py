@@ -819,6 +819,15 @@ def test_workers_ignore_control_c(module: Write) -> None:
         assert worker_pids(grader) == pids
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, even where a shell started the tests in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_grader_that_was_interrupted_grades_the_next_items_afresh(module: Write) -> None:
     name = module(
         """
