@@ -111,7 +111,7 @@ def test_peak_memory_rises_with_an_allocation_and_falls_after_a_reset(backend: B
         pytest.skip("this system offers no way to reset a process's peak memory")
     memory = backend.memory
     torch.zeros(1, device=backend.device)
-    memory.release()  # what earlier tests have left, so that the release below frees the block alone
+    memory.release()  # what earlier tests left: the release below frees the block alone
     memory.reset_peak()
     before_bytes = memory.peak_bytes()
     block = torch.ones(BLOCK_BYTES, dtype=torch.uint8, device=backend.device)
