@@ -46,7 +46,8 @@ class CPPO(GRPO):
         fraction: Share of the tokens with rising entropy that count as perception tokens.
         count, ties, score: See `cppo.detector.perception_mask`.
         draw: See `View`.
-        preserving, removing: Perturbations (name to parameters) of which one is drawn.
+        preserving, removing: Perturbations (name to parameters) of which one is drawn; what is
+            given replaces the defaults as a whole.
     """
 
     weight: float = 0.01
