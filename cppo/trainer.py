@@ -157,7 +157,10 @@ class Trainer:
                     self.step += 1
                     self.feed_state = self.feed.state()
                     self.folder.log_metrics(self.step, metrics)
-                    show(self.step, f"accuracy {metrics['accuracy']:.2f}")
+                    show(
+                        self.step,
+                        f"accuracy {metrics['accuracy']:.2f}  reward {metrics['reward']:.2f}",
+                    )
                     self._after_step()
             self._write_checkpoint()
             finished = self.step >= steps
