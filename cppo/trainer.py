@@ -349,10 +349,9 @@ class Trainer:
                 f"{self.folder.path} has no whole checkpoint to resume from; start it anew without "
                 "--resume"
             )
-        device = self.accelerator.device
-        weights = torch.load(found.folder / "weights.pt", map_location=device)
+        weights = torch.load(found.folder / "weights.pt", map_location="cpu")
         self.policy.model.load_state_dict(weights, strict=False)
-        optimizer = torch.load(found.folder / "optimizer.pt", map_location=device)
+        optimizer = torch.load(found.folder / "optimizer.pt", map_location="cpu")
         self.optimizer.load_state_dict(optimizer)
         self.step, self.before = found.step, found.state["before"]
         self.bad_steps, self.feed_state = found.state["bad_steps"], dict(found.state["feed"])

@@ -228,6 +228,31 @@ def test_a_signal_ends_a_run_with_a_checkpoint_to_resume_from(
     assert len(lines(metrics)) == done + 1
 
 
+def test_two_processes_share_a_run_and_resume_it(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    train = [*launch, "-m", "cppo.cli", "train"]
+    command = [
+        *(*train, "--model", str(tiny_folder), "--steps", "2", "--output", str(folder)),
+        *("--reward", REWARD, "--backend", "cpu", "--optimizer.micro_batch_responses", "2"),
+        *("--rollout.prompts", "4", "--rollout.responses", "2", "--rollout.max_new_tokens", "6"),
+        *("--evaluation.items", "3", "--evaluation.k", "1", "--evaluation.every", "0"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, env=environment, timeout=240, check=True)
+    resume = [*train, "--resume", str(folder), "--steps", "3"]
+    subprocess.run(resume, env=environment, timeout=240, check=True)
+    metrics = lines(folder / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == [1, 2, 3]
+    assert all(line["skipped"] == 0 for line in metrics)
+    evaluations = lines(folder / "evaluation.jsonl")
+    assert [(e["name"], e["step"], e["items"]) for e in evaluations] == [
+        ("before", 0, 3),
+        ("after", 3, 3),
+    ]
+    assert any(not torch.equal(w, weights_of(tiny_folder)[n]) for n, w in weights(folder).items())
+
+
 def test_the_learning_rate_warms_up_and_decays_as_named() -> None:
     settings = OptimizerConfig(learning_rate=1.0, warmup_steps=4, schedule="linear")
     assert [learning_rate(settings, step, 8) for step in (1, 4, 5, 7)] == [0.25, 1.0, 1.0, 0.5]
