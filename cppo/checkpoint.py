@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+NAME = re.compile(r"step-\d+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +69,12 @@ def newest(root: Path) -> Checkpoint | None:
 
 
 def _folders(root: Path) -> list[Path]:
-    return sorted((path for path in root.glob("step-*") if path.is_dir()), key=_step_of)
+    """Ours, oldest first; a folder of any other name, such as a copy that someone made, is not."""
+    return sorted((path for path in root.glob("step-*") if NAME.fullmatch(path.name)), key=_step_of)
 
 
 def _step_of(folder: Path) -> int:
-    number = folder.name.removeprefix("step-")
-    return int(number) if number.isdecimal() else -1
+    return int(folder.name.removeprefix("step-"))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -199,7 +199,11 @@ def _parse(
         raise ValueError(" ".join(str(error).split())) from error
     options = {name: values.pop(name) for name in extra}
     values.pop("config", None)
-    for keys, value in method_options:
+    for number, (keys, value) in enumerate(method_options):
+        if len(keys) > 1 and keys[:1] not in [
+            earlier[:1] for earlier, _ in method_options[:number]
+        ]:
+            values["method_options"].pop(keys[0], None)  # what is named replaces what a file gave
         _put(values["method_options"], keys, value)
     return _build(config, values.as_dict()), options
 

@@ -167,6 +167,8 @@ class TrainConfig:
         backend: Hardware: auto, or a name that `cppo backends` lists.
         attention: Attention implementation; auto takes the backend's best.
         precision: float32, bfloat16, float16, or auto for the backend's best.
+        deterministic: Only algorithms that give the same result each time; slower.
+        timeout_minutes: Longest that one process waits for another, a whole rollout of it included.
         checkpoint_every: Steps between checkpoints; 0 for one at the end alone.
         samples_every: Steps between sample rollouts in the run folder; 0 for none.
     """
@@ -182,6 +184,8 @@ class TrainConfig:
     backend: str = "auto"
     attention: str = "auto"
     precision: str = "auto"
+    deterministic: bool = False
+    timeout_minutes: float = 120.0
     checkpoint_every: int = 50
     samples_every: int = 10
     dataset: DataConfig = field(default_factory=DataConfig)
@@ -326,6 +330,7 @@ MINIMA: Mapping[str, float] = {
 POSITIVE = frozenset(
     {
         "rollout.temperature",
+        "timeout_minutes",
         "rewards.timeout_seconds",
         "optimizer.learning_rate",
         "optimizer.max_grad_norm",

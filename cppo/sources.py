@@ -48,11 +48,12 @@ def open_policy(
     attention: str,
     device: str | torch.device,
     console: Console,
+    training: bool,
 ) -> Policy:
     """Loads `model`; the built-in one is warm-started on first use.
 
     Weights that are trained are kept in float32 whatever the precision, since small updates are
-    lost in 16 bits; beneath LoRA adapters they are kept in the precision itself.
+    lost in 16 bits; all others, beneath LoRA adapters too, are kept in the precision itself.
     """
     if model == "builtin":
         folder = builtin.entry(difficulty)
@@ -70,8 +71,9 @@ def open_policy(
         }
     return load_policy(
         model,
-        dtype=precision if lora else torch.float32,
+        dtype=torch.float32 if training and lora is None else precision,
         attention=attention,
+        precision=precision,
         device=device,
         pixel_limits={name: pixels for name, pixels in limits.items() if pixels is not None},
         freeze_vision=settings.freeze_vision,

@@ -1,8 +1,7 @@
 """The training loop: collect, score, update; with evaluation, checkpoints and a log around it.
 
-This is the only file that imports accelerate. Every process draws the same prompts and takes its
-share of them. What is random depends on the seed, the step and the process alone, so that a
-resumed run goes on exactly as it would have.
+Every process draws the same prompts and takes its share of them. What is random depends on the
+seed, the step and the process alone, so that a resumed run goes on exactly as it would have.
 """
 
 from __future__ import annotations
@@ -10,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -23,13 +22,14 @@ from cppo import checkpoint
 from cppo.collect import Collector, Encoder, Group
 from cppo.config import OptimizerConfig, TrainConfig, check
 from cppo.console import Console, StopRequest, percent, points
-from cppo.data import Feed, SkipLedger, usable
-from cppo.device import Backend, choose, resolve_attention, resolve_precision
+from cppo.data import Feed, SkipLedger
+from cppo.device import choose, resolve_attention, resolve_precision
 from cppo.evaluation.metrics import Estimate, paired_difference
-from cppo.evaluation.run import Outcome, evaluate
+from cppo.evaluation.run import Outcome, Questions, evaluate
 from cppo.methods import build
-from cppo.policy import Policy, Prompt, Scorer, save
+from cppo.policy import Policy, Scorer, save
 from cppo.policy.loading import frozen_copy
+from cppo.processes import Processes
 from cppo.report.samples import describe
 from cppo.reward import Grader
 from cppo.rollout import Sampling
@@ -51,28 +51,32 @@ class Trainer:
         check(config)
         self.config = config
         self.method = build(config.method, config.method_options)
+        if config.deterministic:
+            torch.use_deterministic_algorithms(True)  # before the backend prepares its device
         self.backend = choose(config.backend)
         precision = resolve_precision(self.backend, config.precision)
         attention = resolve_attention(self.backend, config.attention, precision=precision)
-        self.accelerator = _accelerator(self.backend, precision)
-        self.world: int = self.accelerator.num_processes
-        if config.rollout.prompts % self.world:
+        self.processes = Processes(
+            self.backend, precision, timeout_seconds=60 * config.timeout_minutes
+        )
+        world, main = self.processes.world, self.processes.main
+        if config.rollout.prompts % world:
             raise ValueError(
                 f"rollout.prompts is {config.rollout.prompts}; "
-                f"it must be a multiple of the {self.world} processes"
+                f"it must be a multiple of the {world} processes"
             )
-        main: bool = self.accelerator.is_main_process
         self.console = Console(active=main)
         self.folder = RunFolder(folder, active=main)
-        with self.accelerator.main_process_first():
+        with self.processes.main_first():
             self.policy: Policy = open_policy(
                 config.model,
                 config.policy,
                 difficulty=config.dataset.difficulty,
                 precision=precision,
                 attention=attention,
-                device=self.accelerator.device,
+                device=self.processes.device,
                 console=self.console,
+                training=True,
             )
         self.ledger = SkipLedger(
             self.folder.skipped if main else None, max_share=config.dataset.max_skipped_share
@@ -102,26 +106,30 @@ class Trainer:
             grader=self.grader,
             settings=config.rollout,
             seed=config.seed,
-            rank=self.accelerator.process_index,
-            world=self.world,
-            gather=self._gather,
+            rank=self.processes.rank,
+            world=world,
+            gather=self.processes.gather,
         )
-        self.held_out = self._hold_out()
+        self.questions = Questions(
+            open_data(config.data, config.dataset, "eval"),
+            self.encoder,
+            self.ledger,
+            count=config.evaluation.items,
+        )
         self.step, self.bad_steps = 0, 0
         self.before: list[list[float]] | None = None
         self.feed_state = self.feed.state()
         if resume:
             self._resume()
-        else:
-            settings = dataclasses.asdict(config)
-            settings["method_options"] = dataclasses.asdict(self.method)
-            self.folder.write_config(settings)
+        settings = dataclasses.asdict(config)
+        settings["method_options"] = dataclasses.asdict(self.method)
+        self.folder.write_config(settings)
 
     def _prepare(self) -> None:
-        """The modules that accelerate wraps, and what works on them."""
+        """The scorer that several processes share the gradients of, and what works on it."""
         settings, rollout = self.config.optimizer, self.config.rollout
         scorer = Scorer(self.policy, self.backend, temperature=rollout.temperature)
-        optimizer = torch.optim.AdamW(
+        self.optimizer = torch.optim.AdamW(
             [parameter for parameter in scorer.parameters() if parameter.requires_grad],
             lr=settings.learning_rate,
             betas=(settings.beta1, settings.beta2),
@@ -131,12 +139,12 @@ class Trainer:
         if self.method.reference_kl and not self.policy.has_adapters:
             frozen = frozen_copy(self.policy)
             self.reference = Scorer(frozen, self.backend, temperature=rollout.temperature)
-        self.scorer, self.optimizer = self.accelerator.prepare(scorer, optimizer)
+        self.scorer = self.processes.wrap(scorer)
         self.updater = Updater(
             scorer=self.scorer,
             optimizer=self.optimizer,
             method=self.method,
-            processes=self.accelerator,
+            processes=self.processes,
             micro_batch_responses=settings.micro_batch_responses,
             max_grad_norm=settings.max_grad_norm,
             max_new_tokens=rollout.max_new_tokens,
@@ -150,7 +158,7 @@ class Trainer:
         stop = StopRequest()
         with stop.listening():
             if self.before is None:
-                self.before = self._evaluate(self.held_out, "before").accuracies
+                self.before = self._evaluate(len(self.questions), "before").accuracies
             with self.console.progress("training", steps) as show:
                 while self.step < steps and not self._anyone(stop.signal > 0):
                     metrics = self._train_step(self.step + 1)
@@ -163,45 +171,49 @@ class Trainer:
                     )
                     self._after_step()
             self._write_checkpoint()
+            if self.processes.main:
+                save(self.policy, self.folder.model)
             finished = self.step >= steps
             summary: dict[str, Any] = {
                 "steps": self.step,
                 "finished": finished,
-                "stopped_by": 0 if finished else max(self._gather([stop.signal])),
+                "stopped_by": 0 if finished else max(self.processes.gather([stop.signal])),
             }
             if finished:
-                after = self._evaluate(self.held_out, "after")
+                after = self._evaluate(len(self.questions), "after")
                 summary |= self._compare(after)
         summary |= {
             "seconds": time.monotonic() - started,
             "skipped_rows": self.ledger.summary(),
-            "reward_failures": dict(self.grader.failures),
+            "reward_failures": dict(sum(self.processes.gather([self.grader.failures]), Counter())),
             "run_folder": self.folder.path,
         }
         self.folder.write_summary(summary)
-        if self.accelerator.is_main_process:
-            save(self.policy, self.folder.model)
         return summary
 
     def close(self) -> None:
         self.grader.close()
         self.folder.close()
-        self.accelerator.end_training()
+        self.processes.close()
 
     def _train_step(self, step: int) -> dict[str, float]:
         seconds: dict[str, float] = {}
-        with _timed(seconds, "rollout_seconds"), self.accelerator.autocast():
+        self.backend.memory.reset_peak()
+        with _timed(seconds, "rollout_seconds"):
             groups = self.collector.collect(step)
-        kept = [group for group in groups if group.teaches(self.method)]
+        self.backend.memory.release()  # caches of the rollout have other sizes than what follows
+        # Where groups without spread are replaced, those that are left over are no part of a batch.
+        batch = [g for g in groups if not self.method.resample or g.teaches(self.method)]
         with _timed(seconds, "views_seconds"):
-            by_group = [self.collector.samples(group, step) for group in kept]
-        with _timed(seconds, "update_seconds"):
-            metrics = self._update(groups, by_group, step)
+            by_group = [self.collector.samples(group, step) for group in batch]
         if self.config.samples_every and step % self.config.samples_every == 0:
             records = describe(
                 self.policy, self.scorer, self.method, groups[0], seed=self.config.seed, step=step
             )
             self.folder.log_samples(records)
+        with _timed(seconds, "update_seconds"):
+            metrics = self._update(groups, by_group, step)
+        metrics["peak_memory_gib"] = self.backend.memory.peak_bytes() / 2**30
         return {**self._rollout_metrics(groups), **metrics, **seconds}
 
     def _update(
@@ -209,9 +221,8 @@ class Trainer:
     ) -> dict[str, float]:
         """All optimizer steps on one rollout; metrics are their means."""
         settings = self.config.optimizer
-        kept = sum(self._gather([len(by_group)]))
-        per_mini_batch = settings.mini_batch_prompts or self.config.rollout.prompts
-        mini_batches = math.ceil(kept / per_mini_batch)
+        prompts = self.config.rollout.prompts
+        mini_batches = math.ceil(prompts / (settings.mini_batch_prompts or prompts))
         samples = self._with_known_logprobs(
             [sample for group in by_group for sample in group],
             groups[0],
@@ -230,10 +241,12 @@ class Trainer:
             for number in range(mini_batches):
                 chosen = [by_group[i] for i in shuffled[number::mini_batches]]
                 batch = [sample for group in chosen for sample in group]
-                updates.append(self.updater.step(batch or [_idle(groups[0])]))
-                self._mind(updates[-1])
+                if update := self.updater.step(batch or [_idle(groups[0])]):
+                    updates.append(update)
+                    self._mind(update)
         names = updates[0] if updates else {}
         means = {name: sum(u[name] for u in updates) / len(updates) for name in names}
+        kept = sum(self.processes.gather([group.teaches(self.method) for group in groups]))
         return {**means, "learning_rate": rate, "kept_groups": float(kept)}
 
     def _with_known_logprobs(
@@ -241,10 +254,11 @@ class Trainer:
     ) -> list[Sample]:
         """Adds the sampling policy's log-probabilities where it will have moved, and the
         reference's where the method holds on to it."""
-        if not any(self._gather([bool(samples)])):
+        mattering = [sample for sample in samples if self.updater.matters(sample)]
+        if not any(self.processes.gather([bool(mattering)])):
             return samples
         known: dict[str, list[Any]] = {}
-        scored = samples or [_idle(group)]  # every process takes part in each pass
+        scored = mattering or [_idle(group)]  # every process takes part in each pass
         if stale:
             known["old_logprobs"] = self.updater.score_without_gradient(scored)
         if self.method.reference_kl:
@@ -253,21 +267,23 @@ class Trainer:
                 known["reference_logprobs"] = self.updater.score_without_gradient(
                     scored, self.reference
                 )
-        return [
-            dataclasses.replace(sample, **{name: values[i] for name, values in known.items()})
-            for i, sample in enumerate(samples)
-        ]
+        knowing = {
+            id(sample): dataclasses.replace(sample, **{n: values[i] for n, values in known.items()})
+            for i, sample in enumerate(mattering)
+        }
+        return [knowing.get(id(sample), sample) for sample in samples]
 
     def _mind(self, update: dict[str, float]) -> None:
-        """Stops a run whose steps have stopped being finite."""
-        self.bad_steps = self.bad_steps + 1 if update["skipped"] else 0
+        """Stops a run whose steps have stopped being finite, not by too high a loss scale."""
+        bad = update["skipped"] and self.processes.loss_scale <= 1
+        self.bad_steps = self.bad_steps + 1 if bad else 0
         limit = self.config.optimizer.max_bad_steps
         if self.bad_steps >= limit:
             self._write_checkpoint()
             raise Diverged(
                 f"{limit} steps in a row had a loss or gradient that is not finite (at step "
-                f"{self.step + 1}; the last gradient norm was {update['grad_norm']}). The weights "
-                f"are those before these steps, saved under {self.folder.checkpoints}. Lower "
+                f"{self.step + 1}; the last gradient norm was {update['grad_norm']}). These steps "
+                f"left the weights alone, which are saved under {self.folder.checkpoints}. Lower "
                 "optimizer.learning_rate, use --precision float32, or look for bad values in "
                 f"{self.folder.path / 'metrics.jsonl'}."
             )
@@ -275,46 +291,38 @@ class Trainer:
     def _after_step(self) -> None:
         evaluation, every = self.config.evaluation, self.config.checkpoint_every
         if evaluation.every and self.step % evaluation.every == 0 and self.step < self.config.steps:
-            self._evaluate(self.held_out[: evaluation.items_during], f"step {self.step}")
+            self._evaluate(evaluation.items_during, f"step {self.step}")
         if every and self.step % every == 0 and self.step < self.config.steps:
             self._write_checkpoint()
 
     # --- evaluation --------------------------------------------------------------------------
 
-    def _hold_out(self) -> list[Prompt]:
-        """Prompts of the held-out items, the same in every process."""
-        encoder = Encoder(
-            self.policy,
-            instruction=self.config.dataset.instruction,
-            max_tokens=self.config.policy.max_prompt_tokens,
-        )
-        source = open_data(self.config.data, self.config.dataset, "eval")
-        prompts: list[Prompt] = []
-        for item in usable(source, self.ledger, check=encoder.check):
-            prompts += encoder.take([item])
-            if len(prompts) == self.config.evaluation.items:
-                break
-        return prompts
-
-    def _evaluate(self, prompts: Sequence[Prompt], name: str) -> Outcome:
-        settings, rank = self.config.evaluation, self.accelerator.process_index
+    def _evaluate(self, count: int, name: str) -> Outcome:
+        """On the first `count` of the held-out items."""
+        settings, processes = self.config.evaluation, self.processes
         sampling = Sampling(
             responses=settings.k,
             max_new_tokens=self.config.rollout.max_new_tokens,
             temperature=settings.temperature,
             batch_responses=self.config.rollout.batch_responses,
         )
-        share = [prompts[i] for i in _contiguous(len(prompts), rank, self.world)]
-        with self.console.progress("evaluation", len(share)) as show, self.accelerator.autocast():
+        count = min(count, len(self.questions))
+        share = _contiguous(count, processes.rank, processes.world)
+        with self.console.progress("evaluation", len(share)) as show:
             own = evaluate(
-                self.policy, share, self.grader, sampling, seed=self.config.seed, progress=show
+                self.policy,
+                self.questions.part(share),
+                self.grader,
+                sampling,
+                seed=self.config.seed,
+                progress=show,
             )
-        outcome = Outcome.joined(self._gather([own]))
+        outcome = Outcome.joined(self.processes.gather([own]))
         results = outcome.summary()
         note = "  ".join(f"{metric} {percent(value)}" for metric, value in results.items())
-        self.console.say(f"{name}: {note}  ({len(prompts)} held-out items)")
+        self.console.say(f"{name}: {note}  ({count} held-out items)")
         record = {n: dataclasses.asdict(e) for n, e in (results | outcome.kind_summary()).items()}
-        self.folder.log_evaluation(self.step, {"name": name, "items": len(prompts), **record})
+        self.folder.log_evaluation(self.step, {"name": name, "items": count, **record})
         return outcome
 
     def _compare(self, after: Outcome) -> dict[str, Any]:
@@ -325,22 +333,27 @@ class Trainer:
         last = after.summary()[f"avg@{k}"]
         rows = [("before", percent(first)), ("after", percent(last))]
         rows.append(("difference", points(difference)))
-        self.console.table(f"avg@{k} on {len(self.held_out)} held-out items", ("", "95 %"), rows)
+        self.console.table(f"avg@{k} on {len(self.questions)} held-out items", ("", "95 %"), rows)
         named: dict[str, Estimate] = {"before": first, "after": last, "difference": difference}
         return {name: dataclasses.asdict(estimate) for name, estimate in named.items()}
 
     # --- checkpoints -------------------------------------------------------------------------
 
     def _write_checkpoint(self) -> None:
-        state = {"feed": self.feed_state, "before": self.before, "bad_steps": self.bad_steps}
+        state = {
+            "feed": self.feed_state,
+            "before": self.before,
+            "bad_steps": self.bad_steps,
+            "processes": self.processes.state(),
+        }
 
         def save_tensors(folder: Path) -> None:
             torch.save(self._weights(), folder / "weights.pt")
             torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
 
-        if self.accelerator.is_main_process:
+        if self.processes.main:
             checkpoint.write(self.folder.checkpoints, self.step, state, save_tensors)
-        self.accelerator.wait_for_everyone()
+        self.processes.gather([])  # nobody goes on, and perhaps ends, before it is written
 
     def _resume(self) -> None:
         found = checkpoint.newest(self.folder.checkpoints)
@@ -352,9 +365,19 @@ class Trainer:
         weights = torch.load(found.folder / "weights.pt", map_location="cpu")
         self.policy.model.load_state_dict(weights, strict=False)
         optimizer = torch.load(found.folder / "optimizer.pt", map_location="cpu")
+        settings = [dict(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(optimizer)
+        for group, given in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update({name: given[name] for name in ("betas", "weight_decay")})
+        self.processes.restore(found.state["processes"])
         self.step, self.before = found.step, found.state["before"]
         self.bad_steps, self.feed_state = found.state["bad_steps"], dict(found.state["feed"])
+        if self.before is not None and len(self.before) != len(self.questions):
+            raise ValueError(
+                f"{self.folder.path} was evaluated on {len(self.before)} items before training, "
+                f"which {len(self.questions)} cannot be compared with: leave evaluation.items as "
+                "it was"
+            )
         self.feed.restore(self.feed_state)
         self.folder.rewind(self.step)
         self.console.say(f"resuming {self.folder.path} after step {self.step}")
@@ -367,14 +390,8 @@ class Trainer:
 
     # --- processes ---------------------------------------------------------------------------
 
-    def _gather(self, values: list[Any]) -> list[Any]:
-        """The lists of all processes, joined in order of rank."""
-        from accelerate.utils import gather_object
-
-        return list(gather_object(values)) if self.world > 1 else values
-
     def _anyone(self, condition: bool) -> bool:
-        return any(self._gather([condition]))
+        return any(self.processes.gather([condition]))
 
     def _rollout_metrics(self, groups: Sequence[Group]) -> dict[str, float]:
         rows = [
@@ -382,7 +399,7 @@ class Trainer:
             for group in groups
             for reward, r, a in zip(group.rewards, group.responses, group.advantages, strict=True)
         ]
-        means = torch.tensor(self._gather(rows), dtype=torch.float64).mean(0).tolist()
+        means = torch.tensor(self.processes.gather(rows), dtype=torch.float64).mean(0).tolist()
         names = ("reward", "accuracy", "format", "response_tokens", "cut_off", "positive")
         return dict(zip(names, means, strict=True))
 
@@ -398,29 +415,6 @@ def learning_rate(settings: OptimizerConfig, step: int, steps: int) -> float:
         "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
     }
     return settings.learning_rate * decay[settings.schedule]
-
-
-def _accelerator(backend: Backend, precision: torch.dtype) -> Any:
-    """An Accelerator on the backend's device, in as many processes as were launched."""
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-
-    accelerator = Accelerator(
-        cpu=backend.device == "cpu",
-        mixed_precision={torch.bfloat16: "bf16", torch.float16: "fp16"}.get(precision, "no"),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != launched:
-        raise ValueError(
-            f"{launched} processes were launched, but each trains by itself: accelerate does not "
-            f"know how to join processes on {backend.device!r} here"
-        )
-    if accelerator.device.type != backend.device:
-        raise ValueError(
-            f"the backend computes on {backend.device!r}, but accelerate chose "
-            f"{accelerator.device.type!r}; set --backend to match, or check ACCELERATE_* variables"
-        )
-    return accelerator
 
 
 def _idle(group: Group) -> Sample:

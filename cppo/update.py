@@ -12,28 +12,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from cppo.methods import GRPO, Average, Plan, Scores, Tokens, View
 from cppo.objective import aggregate, count_units
-from cppo.policy import Prompt, Row, Scorer
-
-
-class Processes(Protocol):
-    """What the step asks of the processes it runs in; accelerate's Accelerator is one."""
-
-    num_processes: int
-    sync_gradients: bool
-
-    def reduce(self, tensor: Tensor, reduction: str = "sum") -> Tensor: ...
-    def gather(self, tensor: Tensor) -> Tensor: ...
-    def backward(self, loss: Tensor) -> None: ...
-    def no_sync(self, model: Any) -> contextlib.AbstractContextManager[None]: ...
-    def clip_grad_norm_(self, parameters: Any, max_norm: float) -> Tensor: ...
+from cppo.policy import Prompt, Row
+from cppo.processes import Processes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,7 +51,7 @@ class Updater:
     def __init__(
         self,
         *,
-        scorer: Scorer,
+        scorer: nn.Module,
         optimizer: torch.optim.Optimizer,
         method: GRPO,
         processes: Processes,
@@ -80,9 +68,15 @@ class Updater:
     def step(self, samples: Sequence[Sample]) -> dict[str, float]:
         """One optimizer step on the samples of all processes; returns metrics of the global batch.
 
-        A non-finite loss or gradient leaves the weights alone; "skipped" is then 1.
+        A non-finite loss or gradient leaves the weights alone; "skipped" is then 1. Samples that
+        no term of the loss depends on are not scored; averages are over them too. Where there are
+        no others in any process, there is no step, and nothing to report.
         """
-        micro_batches = self._cut(samples)
+        scored = [sample for sample in samples if self.matters(sample)]
+        if not any(self._processes.gather([bool(scored)])):
+            return {}
+        unscored = [sample for sample in samples if not (sample.idle or self.matters(sample))]
+        micro_batches = self._cut(scored or [replace(samples[0], idle=True)])
         views = self._method.views
         ahead: Sequence[_Ahead] = []
         if len(micro_batches) > 1 or not all(view.gradient for view in views):
@@ -97,25 +91,35 @@ class Updater:
                 tokens = self._score(micro_batch, [view for view in views if view.gradient])
                 if ahead:
                     plan = ahead[number].plan
-                    tokens = replace(tokens, views={**ahead[number].constant, **tokens.views})
+                    tokens = replace(tokens, views={**tokens.views, **ahead[number].constant})
                 else:
                     plan = self._method.plan(_detached(tokens))
                 if denominators is None:
-                    denominators = self._denominators([a.plan for a in ahead] or [plan])
+                    plans = [a.plan for a in ahead] or [plan]
+                    if unscored:
+                        plans.append(self._method.plan(self._unscored(unscored)))
+                    denominators = self._denominators(plans)
                 loss = self._loss(tokens, plan, denominators, len(micro_batches), sums)
                 finite = finite and bool(loss.isfinite())
-                self._processes.backward(loss * self._processes.num_processes)
-        norm = self._processes.clip_grad_norm_(self._scorer.parameters(), self._max_grad_norm)
-        everywhere = self._sum(torch.tensor([float(not (finite and bool(norm.isfinite())))]))
-        skipped = bool(everywhere.item())
+                self._processes.backward(loss * self._processes.world)
+        norm = self._processes.clip(self._optimizer, self._scorer.parameters(), self._max_grad_norm)
+        skipped = not all(self._processes.gather([finite and bool(norm.isfinite())]))
+        self._processes.step(self._optimizer, finite=not skipped)
         if skipped:
             self._optimizer.zero_grad()
-        else:
-            self._optimizer.step()
         return {**self._means(sums), "grad_norm": float(norm), "skipped": float(skipped)}
 
+    def matters(self, sample: Sample) -> bool:
+        """Whether the loss depends on its scores: it is better or worse than its group, has views
+        to be scored on, is to stay close to the reference policy, or has a part in a micro-batch's
+        own average."""
+        if sample.idle:
+            return False
+        everywhere = self._method.reference_kl > 0 or self._method.average_over == "micro-batch"
+        return everywhere or bool(sample.views) or not abs(sample.advantage) <= 1e-6  # NaN: broken
+
     def score_without_gradient(
-        self, samples: Sequence[Sample], scorer: Scorer | None = None
+        self, samples: Sequence[Sample], scorer: nn.Module | None = None
     ) -> list[Tensor]:
         """Each sample's log-probabilities, (length,), under `scorer` or the policy as it is."""
         found: dict[int, Tensor] = {}
@@ -133,9 +137,9 @@ class Updater:
         ordered = sorted(samples, key=lambda sample: len(sample.prompt.ids) + len(sample.ids))
         size = self._micro_batch
         cut = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-        counts = self._processes.gather(torch.tensor([len(cut)], device=self._device))
+        most = max(self._processes.gather([len(cut)]))
         idle = [replace(ordered[0], idle=True)]
-        return cut + [idle] * (int(counts.max()) - len(cut))
+        return cut + [idle] * (most - len(cut))
 
     def _plan_ahead(self, micro_batches: Sequence[Sequence[Sample]]) -> list[_Ahead]:
         """Plans for the whole mini-batch at once; views without gradient are scored here only."""
@@ -179,7 +183,8 @@ class Updater:
             for name, (start, having) in places.items()
         }
         known = self._known(samples, seen)
-        return replace(self._unscored(samples), seen=seen, views=by_view, **known)
+        blank = self._unscored(samples)
+        return replace(blank, seen=seen, views={**blank.views, **by_view}, **known)
 
     def _unscored(self, samples: Sequence[Sample]) -> Tokens:
         """Tokens of samples as far as they are known without the policy."""
@@ -193,6 +198,7 @@ class Updater:
             advantages=advantages,
             old_logprobs=zeros,
             seen=Scores(logprobs=zeros, entropy=zeros),
+            views={v.name: Scores(logprobs=zeros, entropy=zeros) for v in self._method.views},
         )
 
     def _known(self, samples: Sequence[Sample], seen: Scores) -> dict[str, Any]:
@@ -221,7 +227,9 @@ class Updater:
         """What each average divides by: its units over all micro-batches and processes."""
         names = list(plans[0].averages)
         counts = [sum(self._units(plan.averages[name]) for plan in plans) for name in names]
-        totals = self._sum(torch.stack([torch.as_tensor(count) for count in counts]).float())
+        totals = self._processes.sum(
+            torch.stack([torch.as_tensor(count) for count in counts]).float()
+        )
         return dict(zip(names, totals, strict=True))
 
     def _units(self, average: Average) -> Tensor:
@@ -244,7 +252,7 @@ class Updater:
             divisor, share = denominators[name], 1.0
             if self._method.average_over == "micro-batch":
                 divisor = self._units(average)
-                share = 1.0 / (micro_batches * self._processes.num_processes)
+                share = 1.0 / (micro_batches * self._processes.world)
             value = share * aggregate(
                 term.per_token, average.mask, average.mode, denominator=divisor
             )
@@ -268,14 +276,11 @@ class Updater:
                 _add(sums, f"{name}_tokens", average.mask.sum(), 0)
 
     def _means(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        totals = self._sum(torch.stack(list(sums.values())))
+        totals = self._processes.sum(torch.stack(list(sums.values())))
         return {
             name: float(value if count == 0 else value / count)
             for name, (value, count) in zip(sums, totals.tolist(), strict=True)
         }
-
-    def _sum(self, tensor: Tensor) -> Tensor:
-        return self._processes.reduce(tensor.to(self._device), reduction="sum")
 
     @property
     def _device(self) -> torch.device:

@@ -335,7 +335,7 @@ def test_a_damaged_row_group_costs_its_rows_alone(tmp_path: Path) -> None:
     data[start : start + 40] = b"\xff" * 40
     path.write_bytes(data)
     ledger = SkipLedger(None, max_share=1)
-    assert [item.row for item in usable(all_of(path), ledger)] == [
+    assert [item.row for _, item in usable(all_of(path), ledger)] == [
         f"rows.parquet:{n}" for n in range(10, 20)
     ]
     assert "10 row unreadable, such as rows.parquet:0: row group 0" in ledger.summary()
@@ -404,7 +404,7 @@ def test_real_rows_come_out_as_they_were_written() -> None:
 def test_every_real_row_is_usable(name: str, kind: str, rows: int) -> None:
     dataset = all_of(real(name), columns=Columns(kind=kind))
     ledger = SkipLedger(None, max_share=0, minimum_rows=1)
-    items = list(usable(dataset, ledger))
+    items = [item for _, item in usable(dataset, ledger)]
     assert len(items) == rows
     assert len({item.row for item in items}) == rows
     assert all(item.question.count("<image>") == len(item.images) == 1 for item in items)
@@ -596,7 +596,7 @@ def test_validation_goes_before_test(tmp_path: Path) -> None:
     for name, answer in (("train", "1"), ("val", "2"), ("test", "3")):
         write_lines(tmp_path / f"{name}.jsonl", [row(answer=answer)])
     held_out = load(str(tmp_path), split="eval")
-    assert [item.answer for item in usable(held_out, SkipLedger(None, max_share=0))] == ["2"]
+    assert [item.answer for _, item in usable(held_out, SkipLedger(None, max_share=0))] == ["2"]
 
 
 def test_files_without_a_split_train_where_only_others_are_named(

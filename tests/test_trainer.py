@@ -117,7 +117,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     first, second = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=0, atol=0, msg=name)
-    timed = {"rollout_seconds", "views_seconds", "update_seconds"}
+    timed = {"rollout_seconds", "views_seconds", "update_seconds", "peak_memory_gib"}
     for a, b in zip(
         lines(tmp_path / "whole" / "metrics.jsonl"),
         lines(tmp_path / "parts" / "metrics.jsonl"),

@@ -82,12 +82,13 @@ class Feed:
 
 def usable(
     dataset: Source, ledger: SkipLedger, *, check: Callable[[Item], None] | None = None
-) -> Iterator[Item]:
-    """Every usable item once, in order; at the end the ledger's share holds for any number."""
+) -> Iterator[tuple[int, Item]]:
+    """Every usable item once, in order and with its index; at the end the ledger's share holds
+    for any number."""
     for index in range(len(dataset)):
         item = _read(dataset, index, ledger, check)
         if item is not None:
-            yield item
+            yield index, item
     ledger.check()
 
 

@@ -11,12 +11,12 @@ from cppo.builtin import ShapesTask
 from cppo.collect import Encoder
 from cppo.config import EvalConfig
 from cppo.console import Console
-from cppo.data import SkipLedger, usable
+from cppo.data import SkipLedger
 from cppo.device import choose, resolve_attention, resolve_precision
 from cppo.evaluation.perception import measure_detector
-from cppo.evaluation.run import Outcome, evaluate
+from cppo.evaluation.run import Outcome, Questions, evaluate
 from cppo.methods import CPPO
-from cppo.policy import Policy, Prompt, Scorer
+from cppo.policy import Policy, Scorer
 from cppo.reward import Grader
 from cppo.rollout import Sampling
 from cppo.sources import open_data, open_policy
@@ -27,6 +27,8 @@ DETECTOR_PUZZLES = 256
 def run(config: EvalConfig) -> Outcome:
     """Evaluates, prints tables, and writes the results where `config.json` says."""
     console = Console()
+    if config.json is not None:
+        Path(config.json).parent.mkdir(parents=True, exist_ok=True)
     backend = choose(config.backend)
     precision = resolve_precision(backend, config.precision)
     policy = open_policy(
@@ -37,9 +39,19 @@ def run(config: EvalConfig) -> Outcome:
         attention=resolve_attention(backend, config.attention, precision=precision),
         device=backend.device,
         console=console,
+        training=False,
     )
     ledger = SkipLedger(None, max_share=config.dataset.max_skipped_share)
-    prompts = _prompts(config, policy, ledger)
+    questions = Questions(
+        open_data(config.data, config.dataset, cast(Literal["train", "eval"], config.split)),
+        Encoder(
+            policy,
+            instruction=config.dataset.instruction,
+            max_tokens=config.policy.max_prompt_tokens,
+        ),
+        ledger,
+        count=config.count,
+    )
     sampling = Sampling(
         responses=config.k,
         max_new_tokens=config.max_new_tokens,
@@ -52,11 +64,11 @@ def run(config: EvalConfig) -> Outcome:
         Grader(
             config.reward, timeout_seconds=settings.timeout_seconds, workers=settings.workers
         ) as grader,
-        console.progress("evaluation", len(prompts)) as show,
+        console.progress("evaluation", len(questions)) as show,
     ):
-        outcome = evaluate(policy, prompts, grader, sampling, seed=config.seed, progress=show)
+        outcome = evaluate(policy, questions, grader, sampling, seed=config.seed, progress=show)
     results, kinds = outcome.summary(), outcome.kind_summary()
-    console.estimates(f"{config.model} on {len(prompts)} items of {config.data}", results)
+    console.estimates(f"{config.model} on {len(questions)} items of {config.data}", results)
     if kinds:
         console.estimates(f"avg@{config.k} by kind", kinds)
     console.say(f"skipped rows: {ledger.summary()}")
@@ -70,23 +82,9 @@ def run(config: EvalConfig) -> Outcome:
         scorer = Scorer(policy, backend, temperature=1.0)
         report["detector"] = _detector(config, policy, scorer, console)
     if config.json is not None:
-        Path(config.json).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+        Path(config.json).write_text(text, encoding="utf-8")
     return outcome
-
-
-def _prompts(config: EvalConfig, policy: Policy, ledger: SkipLedger) -> list[Prompt]:
-    encoder = Encoder(
-        policy,
-        instruction=config.dataset.instruction,
-        max_tokens=config.policy.max_prompt_tokens,
-    )
-    split = cast(Literal["train", "eval"], config.split)
-    prompts: list[Prompt] = []
-    for item in usable(open_data(config.data, config.dataset, split), ledger, check=encoder.check):
-        prompts += encoder.take([item])
-        if len(prompts) == config.count:
-            break
-    return prompts
 
 
 def _detector(

@@ -2,15 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
 
 import torch
 
+from cppo.collect import Encoder
+from cppo.data import Item, SkipLedger, Source, usable
 from cppo.evaluation.metrics import Estimate, avg_at_k, summarise
 from cppo.policy import Policy, Prompt
 from cppo.reward import Grader, extract_answer
 from cppo.rollout import Sampling, generate
+
+
+class Questions:
+    """The first `count` usable rows of a source, read again whenever they are asked for: decoded
+    and encoded, thousands of pictures would not fit in memory.
+
+    Rows that cannot be used go to the ledger.
+    """
+
+    def __init__(self, source: Source, encoder: Encoder, ledger: SkipLedger, *, count: int) -> None:
+        self._source, self._encoder = source, encoder
+        self._indices: list[int] = []
+        for index, item in usable(source, ledger, check=encoder.check):
+            encoder.take([item])
+            self._indices.append(index)
+            if len(self._indices) == count:
+                break
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def part(self, places: Sequence[int]) -> Questions:
+        """The questions at these places alone."""
+        part = copy(self)
+        part._indices = [self._indices[place] for place in places]
+        return part
+
+    def batches(self, size: int) -> Iterator[list[Prompt]]:
+        """Encoded, `size` at a time."""
+        for start in range(0, len(self), size):
+            items = [self._source.read(index) for index in self._indices[start : start + size]]
+            for item in items:
+                self._encoder.check(item)
+            yield self._encoder.take(items)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,35 +89,38 @@ class Outcome:
 
 def evaluate(
     policy: Policy,
-    prompts: Sequence[Prompt],
+    questions: Questions,
     grader: Grader,
     sampling: Sampling,
     *,
     seed: int,
     progress: Callable[[int, str], None] = lambda done, note: None,
 ) -> Outcome:
-    """Samples `sampling.responses` responses for each prompt and grades them.
+    """Samples `sampling.responses` responses for each question and grades them.
 
     `progress` is told the number of items done, now and then.
     """
     generator = torch.Generator(policy.device).manual_seed(seed)
+    items: list[Item] = []
     texts: list[list[str]] = []
-    for group in generate(policy, prompts, sampling, generator):
-        texts.append([response.text for response in group])
+    for prompts in questions.batches(max(1, sampling.batch_responses // sampling.responses)):
+        groups = generate(policy, prompts, sampling, generator)
+        texts += [[response.text for response in group] for group in groups]
+        items += [replace(prompt.item, images=()) for prompt in prompts]
         progress(len(texts), "")
     rewards = iter(
         grader.grade(
             [
-                (text, prompt.item.answer, prompt.item.question)
-                for prompt, group in zip(prompts, texts, strict=True)
+                (text, item.answer, item.question)
+                for item, group in zip(items, texts, strict=True)
                 for text in group
             ]
         )
     )
     graded = [[next(rewards) for _ in group] for group in texts]
     return Outcome(
-        rows=[prompt.item.row for prompt in prompts],
-        kinds=[prompt.item.kind for prompt in prompts],
+        rows=[item.row for item in items],
+        kinds=[item.kind for item in items],
         accuracies=[[reward.accuracy for reward in group] for group in graded],
         formats=[[reward.format for reward in group] for group in graded],
         answers=[[extract_answer(text) for text in group] for group in texts],

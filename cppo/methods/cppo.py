@@ -7,11 +7,13 @@ view that preserves the content and away from what it says under a view that rem
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import get_args
 
 from PIL import Image
+from torch import Tensor
 
 from cppo.detector import Count, Score, Ties, perception_mask
 from cppo.methods.grpo import GRPO, require
@@ -72,6 +74,8 @@ class CPPO(GRPO):
             require(option, given, given in allowed, f"one of {allowed}")
         for option in ("preserving", "removing"):
             given, known = getattr(self, option), {*PRESERVING, *REMOVING}
+            if not isinstance(given, Mapping):
+                raise TypeError(f"{option} must map perturbations to their parameters")
             require(option, set(given), given and set(given) <= known, f"some of {sorted(known)}")
             for name, parameters in given.items():  # bad ones show now, not at the first step
                 perturb(Image.new("RGB", (8, 8)), name, seed=0, **parameters)
@@ -84,15 +88,23 @@ class CPPO(GRPO):
             view(name="removed", perturbations=self.removing, detects=True),
         )
 
-    def plan(self, tokens: Tokens) -> Plan:
-        perception = perception_mask(
-            tokens.seen.entropy,
-            tokens.views["removed"].entropy,
-            tokens.mask & positive(tokens.advantages)[:, None],
+    def detect(self, entropy_BT: Tensor, removed_entropy_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """The perception tokens among those of the mask, (B, T) bool."""
+        return perception_mask(
+            entropy_BT,
+            removed_entropy_BT,
+            mask_BT,
             fraction=self.fraction,
             count=self.count,
             ties=self.ties,
             score=self.score,
+        )
+
+    def plan(self, tokens: Tokens) -> Plan:
+        perception = self.detect(
+            tokens.seen.entropy,
+            tokens.views["removed"].entropy,
+            tokens.mask & positive(tokens.advantages)[:, None],
         )
         plan = super().plan(tokens)
         return replace(plan, averages={**plan.averages, "perception": Average(mask=perception)})

@@ -33,6 +33,7 @@ class Policy:
     tokenizer: Any
     image_processor: Any
     eos: tuple[int, ...]  # ids that end a response
+    precision: torch.dtype  # that it computes in; weights may be wider
     source: str
 
     @property
@@ -66,13 +67,19 @@ class Policy:
         with self.model.disable_adapter():
             yield
 
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Computing in the policy's precision, whatever its weights are kept in."""
+        if self.precision.itemsize != 2:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.precision)
+
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """No dropout, no gradient; training mode comes back as it was."""
+        """No dropout, no gradient, in the policy's precision; training mode comes back after."""
         training = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.autocast():
                 yield
         finally:
             self.model.train(training)
@@ -83,6 +90,7 @@ def load(
     *,
     dtype: torch.dtype,
     attention: str,
+    precision: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     pixel_limits: Mapping[str, int] | None = None,
     freeze_vision: bool = False,
@@ -94,6 +102,7 @@ def load(
     Args:
         dtype: Of the weights.
         attention: Attention implementation, as transformers names it.
+        precision: To compute in; that of the weights if None.
         pixel_limits: `min_pixels`, `max_pixels` of an image, in place of the saved ones.
         freeze_vision: Keep the vision tower as it is.
         lora: Settings of peft's LoraConfig; None trains all weights.
@@ -137,6 +146,7 @@ def load(
         tokenizer=tokenizer,
         image_processor=image_processor,
         eos=_end_tokens(model, tokenizer),
+        precision=precision or dtype,
         source=source,
     )
 

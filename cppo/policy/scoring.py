@@ -31,7 +31,7 @@ class Row:
 
 
 class Scorer(nn.Module):
-    """The one module that is called for scoring, so that accelerate wraps and synchronises it."""
+    """The one module that is called for scoring, so that wrapping it synchronises all gradients."""
 
     def __init__(self, policy: Policy, backend: Backend, *, temperature: float) -> None:
         super().__init__()
@@ -44,15 +44,15 @@ class Scorer(nn.Module):
         """Scores each row's response tokens; (R, T), zero on padding. T is the longest response."""
         policy, device = self._policy, self._policy.device
         batch = _pad(rows)
-        features = encode_images(policy, rows)
-        hidden = policy.family.hidden_states(
-            policy.base,
-            batch.ids.to(device),
-            batch.positions.to(device),
-            batch.image_mask.to(device),
-            features,
-            use_cache=False,
-        ).last_hidden_state
+        with policy.autocast():
+            hidden = policy.family.hidden_states(
+                policy.base,
+                batch.ids.to(device),
+                batch.positions.to(device),
+                batch.image_mask.to(device),
+                encode_images(policy, rows),
+                use_cache=False,
+            ).last_hidden_state
         # Position p predicts token p + 1; only the positions before response tokens are projected.
         lengths = torch.tensor([len(row.response) for row in rows])
         mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from cppo.collect import Group
-from cppo.detector import perception_mask
-from cppo.methods import GRPO
-from cppo.policy import Policy, Row, Scorer, encode_view
+from cppo.methods import CPPO, GRPO
+from cppo.policy import Policy, Row, encode_view
 
 
 def describe(
-    policy: Policy, scorer: Scorer, method: GRPO, group: Group, *, seed: int, step: int
+    policy: Policy, scorer: nn.Module, method: GRPO, group: Group, *, seed: int, step: int
 ) -> list[dict[str, Any]]:
     """One record a response of the group, for `samples.jsonl`.
 
@@ -34,13 +34,13 @@ def describe(
         "logprob": scored["seen"].logprobs,
         "entropy": scored["seen"].entropy,
     }
-    if "removed" in scored:
+    if isinstance(method, CPPO):
         lengths = torch.tensor([len(response.ids) for response in responses])
         width = scored["seen"].entropy.shape[1]
         mask = (torch.arange(width)[None] < lengths[:, None]).to(scored["seen"].entropy.device)
         entropy, removed = scored["seen"].entropy, scored["removed"].entropy
         columns["removed_entropy"] = removed
-        columns["perception"] = perception_mask(entropy, removed, mask)
+        columns["perception"] = method.detect(entropy, removed, mask)
     return [
         {
             "step": step,
