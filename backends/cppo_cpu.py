@@ -1,7 +1,8 @@
 """The CPU: always there, the reference for every other backend.
 
 torch.accelerator does not count the CPU's memory, so the operating system does: resident memory
-of this process, weights, Python and libraries included.
+of this process, weights, Python and libraries included. `release()` returns what the allocator has
+kept of freed memory.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from cppo.attention import usable
 from cppo.device import Backend, Memory, Unavailable
 
 PROC = Path("/proc")
@@ -29,12 +31,19 @@ def probe() -> Backend:
     _keep_freed_memory()
     return Backend(
         device="cpu",
-        attention=("sdpa", "eager"),
-        # Many CPUs emulate bfloat16: slower than float32 there, and less exact everywhere.
-        precision=(torch.float32, torch.bfloat16),
+        attention=usable(("sdpa", "eager"), "cpu", torch.float32),
+        # The best is float32 even where bfloat16 is real: only matrix products are faster in it.
+        precision=(torch.float32, torch.bfloat16) if _has_bfloat16() else (torch.float32,),
         collectives="gloo",
         memory=_memory(),
     )
+
+
+def _has_bfloat16() -> bool:
+    """Whether this CPU has instructions for it (AVX512-BF16, AMX, Arm's); others emulate it."""
+    # PyTorch 2.10 does not tell: there bfloat16 counts as emulated.
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(found[name] for name in found if name.endswith("bf16"))
 
 
 def _memory() -> Memory:

@@ -1,4 +1,8 @@
-"""NVIDIA GPUs through PyTorch's CUDA build."""
+"""NVIDIA GPUs through PyTorch's CUDA build.
+
+`release()` returns the caching allocator's unused pages to the driver. With expandable segments it
+unmaps them without moving anything, so that an update finds room that a rollout left in pieces.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,33 @@ import os
 
 import torch
 
-from cppo.device import Backend, Unavailable, accelerator_memory, flash_attention_usable
+from cppo.attention import installed_flash_attention, usable
+from cppo.device import Backend, Unavailable, accelerator_memory, first_line
 
 
 def probe() -> Backend:
     """The CUDA backend; Unavailable with the reason where PyTorch or the machine lacks it."""
+    _check_build()
+    _prepare_process()
+    _check_device()
+    # From compute capability 8.0 on; below, bfloat16 is emulated and flash attention does not run.
+    real_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    sixteen_bits = torch.bfloat16 if real_bfloat16 else torch.float16
+    flash = installed_flash_attention() if real_bfloat16 else ()
+    return Backend(
+        device="cuda",
+        attention=usable((*flash, "sdpa", "eager"), "cuda", sixteen_bits),
+        precision=(
+            (torch.bfloat16, torch.float32, torch.float16)
+            if real_bfloat16
+            else (torch.float32, torch.float16)
+        ),
+        collectives="nccl",
+        memory=accelerator_memory("cuda"),
+    )
+
+
+def _check_build() -> None:
     if torch.version.hip is not None:
         raise Unavailable(
             f"PyTorch {torch.__version__} is built for ROCm, not CUDA: use --backend rocm, or "
@@ -21,24 +47,28 @@ def probe() -> Backend:
             f"PyTorch {torch.__version__} is built without CUDA: install a CUDA build from "
             "https://pytorch.org/get-started/locally"
         )
-    if not torch.cuda.is_available():
+
+
+def _prepare_process() -> None:
+    """What must be set before the first allocation and the first matrix product."""
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name still counts
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if torch.are_deterministic_algorithms_enabled():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # read by transformers
+
+
+def _check_device() -> None:
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]  # what it raises tells a missing driver from one that is too old
+    except (RuntimeError, AssertionError) as error:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
         raise Unavailable(
-            f"PyTorch {torch.__version__} sees no NVIDIA GPU: check that nvidia-smi lists one, "
-            f"that its driver supports CUDA {torch.version.cuda}, and CUDA_VISIBLE_DEVICES "
-            f"({visible})"
-        )
-    # From compute capability 8.0 on; below, bfloat16 is emulated and flash-attn 2 does not run.
-    real_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    flash = real_bfloat16 and flash_attention_usable()
-    return Backend(
-        device="cuda",
-        attention=("flash_attention_2", "sdpa", "eager") if flash else ("sdpa", "eager"),
-        precision=(
-            (torch.bfloat16, torch.float32, torch.float16)
-            if real_bfloat16
-            else (torch.float32, torch.float16)
-        ),
-        collectives="nccl",
-        memory=accelerator_memory("cuda"),
-    )
+            f"PyTorch {torch.__version__} sees no NVIDIA GPU ({first_line(error)}): check that "
+            f"nvidia-smi lists one, that its driver supports CUDA {torch.version.cuda}, and "
+            f"CUDA_VISIBLE_DEVICES ({visible})"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,4 +1,8 @@
-"""AMD GPUs through PyTorch's ROCm build, which presents itself as device type "cuda"."""
+"""AMD GPUs through PyTorch's ROCm build, which presents itself as device type "cuda".
+
+`release()` returns the caching allocator's unused blocks to the driver (hipFree). Expandable
+segments stay off: not every ROCm release has them.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,37 @@ import os
 
 import torch
 
-from cppo.device import Backend, Unavailable, accelerator_memory, flash_attention_usable
+from cppo.attention import installed_flash_attention, usable
+from cppo.device import Backend, Unavailable, accelerator_memory, first_line
+
+# Architectures whose matrix units take bfloat16: CDNA, RDNA 3 and later. PyTorch itself says yes
+# on every GPU.
+REAL_BFLOAT16 = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
 
 
 def probe() -> Backend:
     """The ROCm backend; Unavailable with the reason where PyTorch or the machine lacks it."""
+    _check_build()
+    if torch.are_deterministic_algorithms_enabled():
+        os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # read by transformers
+    _check_device()
+    real_bfloat16 = torch.cuda.get_device_properties(0).gcnArchName.startswith(REAL_BFLOAT16)
+    sixteen_bits = torch.bfloat16 if real_bfloat16 else torch.float16
+    return Backend(
+        device="cuda",
+        attention=usable((*installed_flash_attention(), "sdpa", "eager"), "cuda", sixteen_bits),
+        precision=(
+            (torch.bfloat16, torch.float32, torch.float16)
+            if real_bfloat16
+            else (torch.float32, torch.float16)
+        ),
+        # RCCL, under the name that torch.distributed knows it by.
+        collectives="nccl",
+        memory=accelerator_memory("cuda"),
+    )
+
+
+def _check_build() -> None:
     if torch.version.cuda is not None:
         raise Unavailable(
             f"PyTorch {torch.__version__} is built for CUDA, not ROCm: use --backend cuda, or "
@@ -21,20 +51,15 @@ def probe() -> Backend:
             f"PyTorch {torch.__version__} is built without ROCm: install a ROCm build from "
             "https://pytorch.org/get-started/locally"
         )
-    if not torch.cuda.is_available():
+
+
+def _check_device() -> None:
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError) as error:
         visible = os.environ.get("HIP_VISIBLE_DEVICES", "not set")
         raise Unavailable(
-            f"PyTorch {torch.__version__} sees no AMD GPU: check that rocminfo lists one, that "
-            f"this user may open /dev/kfd (groups render and video), and HIP_VISIBLE_DEVICES "
-            f"({visible})"
-        )
-    flash = flash_attention_usable()
-    return Backend(
-        device="cuda",
-        attention=("flash_attention_2", "sdpa", "eager") if flash else ("sdpa", "eager"),
-        # PyTorch counts bfloat16 as supported on every GPU that a ROCm build runs on.
-        precision=(torch.bfloat16, torch.float32, torch.float16),
-        # RCCL, under the name that torch.distributed knows it by.
-        collectives="nccl",
-        memory=accelerator_memory("cuda"),
-    )
+            f"PyTorch {torch.__version__} sees no AMD GPU ({first_line(error)}): check that "
+            "rocminfo lists one, that this user may open /dev/kfd (groups render and video), "
+            f"and HIP_VISIBLE_DEVICES ({visible})"
+        ) from error

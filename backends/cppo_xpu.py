@@ -1,12 +1,17 @@
-"""Intel GPUs through PyTorch itself; Intel's discontinued extension is not needed."""
+"""Intel GPUs through PyTorch itself; Intel's discontinued extension is not needed.
+
+`release()` returns the caching allocator's unused blocks to the driver.
+"""
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import torch
 
-from cppo.device import Backend, Unavailable, accelerator_memory
+from cppo.attention import usable
+from cppo.device import Backend, Memory, Unavailable, accelerator_memory, first_line
 
 
 def probe() -> Backend:
@@ -16,22 +21,37 @@ def probe() -> Backend:
             f"PyTorch {torch.__version__} is built without XPU: install an XPU build with "
             "pip install torch --index-url https://download.pytorch.org/whl/xpu"
         )
-    if not torch.xpu.is_available():
+    try:
+        torch.xpu.init()
+    except (RuntimeError, AssertionError) as error:
         visible = os.environ.get("ZE_AFFINITY_MASK", "not set")
         raise Unavailable(
-            f"PyTorch {torch.__version__} sees no Intel GPU: check that its driver is installed "
-            f"(clinfo lists it), that this user may open /dev/dri (group render), and "
-            f"ZE_AFFINITY_MASK ({visible})"
-        )
+            f"PyTorch {torch.__version__} sees no Intel GPU ({first_line(error)}): check that its "
+            "driver is installed (clinfo lists it), that this user may open /dev/dri (group "
+            f"render), and ZE_AFFINITY_MASK ({visible})"
+        ) from error
     real_bfloat16 = torch.xpu.is_bf16_supported(including_emulation=False)
+    sixteen_bits = torch.bfloat16 if real_bfloat16 else torch.float16
     return Backend(
         device="xpu",
-        attention=("sdpa", "eager"),
+        attention=usable(("sdpa", "eager"), "xpu", sixteen_bits),
         precision=(
             (torch.bfloat16, torch.float32, torch.float16)
             if real_bfloat16
             else (torch.float32, torch.float16)
         ),
         collectives="xccl",
-        memory=accelerator_memory("xpu"),
+        memory=_memory(),
     )
+
+
+def _memory() -> Memory:
+    """Some client GPUs do not tell their free memory: there all that PyTorch does not hold counts
+    as free."""
+    memory = accelerator_memory("xpu")
+    try:
+        memory.headroom_bytes()
+    except RuntimeError:
+        total_bytes = torch.xpu.get_device_properties().total_memory
+        return replace(memory, headroom_bytes=lambda: total_bytes - torch.xpu.memory_allocated())
+    return memory

@@ -10,13 +10,17 @@ import difflib
 import itertools
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
-from cppo.config import BUILTIN, EvalConfig, PerturbConfig, TrainConfig, check
+from cppo.config import BUILTIN, DoctorConfig, EvalConfig, PerturbConfig, TrainConfig, check
+
+if TYPE_CHECKING:
+    from cppo.device import Backend
 
 USAGE_ERROR = 2
 
@@ -100,20 +104,44 @@ def backends(arguments: Sequence[str]) -> int:
     if arguments:
         raise ValueError(f"cppo backends takes no arguments, {list(arguments)} were given")
     from cppo.console import Console
-    from cppo.device import survey
+    from cppo.device import Unavailable, survey
 
+    console, candidates = Console(), survey()
     rows = [
         (
             candidate.name,
             "usable" if candidate.backend else "not usable",
-            ", ".join(candidate.backend.attention) if candidate.backend else candidate.reason,
+            _offers(candidate.backend) if candidate.backend else candidate.reason,
             candidate.origin,
         )
-        for candidate in survey()
+        for candidate in candidates
     ]
-    header = ("backend", "here", "attention, or why not", "from")
-    Console().table("Backends", header, rows)
+    console.table("Backends", ("backend", "here", "what it offers, or why not", "from"), rows)
+    for candidate in candidates:
+        if candidate.error is not None and not isinstance(candidate.error, Unavailable):
+            trace = "".join(traceback.format_exception(candidate.error)).rstrip()
+            console.say(f"\n{candidate.name}: {candidate.origin} is broken\n{trace}")
     return 0
+
+
+def _offers(backend: Backend) -> str:
+    precisions = ", ".join(str(dtype).removeprefix("torch.") for dtype in backend.precision)
+    return (
+        f"device {backend.device}; attention {', '.join(backend.attention)}; precision "
+        f"{precisions}; collectives {backend.collectives}"
+    )
+
+
+def doctor(arguments: Sequence[str]) -> int:
+    """Prove that a backend works here: numerics, memory, collectives, one training step."""
+    parsed = _parse("doctor", DoctorConfig, arguments)
+    if parsed is None:
+        return 0
+    check(parsed[0])
+    _set_up_logging()
+    from cppo.doctor.command import run
+
+    return 0 if run(parsed[0]).passed else 1
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -121,6 +149,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "eval": evaluate,
     "perturb": perturb,
     "backends": backends,
+    "doctor": doctor,
 }
 
 

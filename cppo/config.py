@@ -257,6 +257,21 @@ class PerturbConfig:
     draws: int = 3
 
 
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """One examination of a backend.
+
+    Args:
+        backend: Hardware: auto, or a name that `cppo backends` lists.
+        processes: Processes to examine, each on a device of its own.
+        json: File for the report, to attach to an issue; null for none.
+    """
+
+    backend: str = "auto"
+    processes: int = 1
+    json: str | None = None
+
+
 BUILTIN: Mapping[str, Any] = {
     "steps": 60,
     # Many prompts and few responses: with 16 x 8 the policy learned its prompts by heart.
@@ -273,7 +288,7 @@ BUILTIN: Mapping[str, Any] = {
 }
 
 
-def check(config: TrainConfig | EvalConfig | PerturbConfig) -> None:
+def check(config: TrainConfig | EvalConfig | PerturbConfig | DoctorConfig) -> None:
     """Raises ValueError for values that contradict each other or make no sense."""
     for name, given in _flat(config):
         minimum = MINIMA.get(name.removeprefix("rollout."))
@@ -304,6 +319,7 @@ MINIMA: Mapping[str, float] = {
     "k": 1,
     "count": 1,
     "draws": 1,
+    "processes": 1,
     "prompts": 1,
     "responses": 2,  # a group
     "max_new_tokens": 1,

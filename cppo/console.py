@@ -75,7 +75,9 @@ class Console:
             yield show
 
     def table(self, title: str, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-        made = Table(*header, title=title, title_justify="left")
+        made = Table(title=title, title_justify="left")
+        for name in header:
+            made.add_column(name, overflow="fold")  # nothing is cut: addresses are to be copied
         for row in rows:
             made.add_row(*row)
         self.rich.print(made)

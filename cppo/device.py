@@ -8,12 +8,11 @@ Importing this file imports no torch, so that the command line answers `--help` 
 from __future__ import annotations
 
 import difflib
-import importlib
 import logging
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -40,7 +39,8 @@ class Memory:
     """Starts the peak anew at what is held now. Where the system cannot, logs a warning once and
     the peak goes on counting from the process's start."""
     release: Callable[[], None]
-    """Hands what PyTorch holds in reserve, and no tensor uses, back to the system."""
+    """Hands what PyTorch holds in reserve, and no tensor uses, back to the system. A run does so
+    between rollout and update, whose allocations have other sizes."""
     headroom_bytes: Callable[[], int]
     """What can still be allocated, PyTorch's own reserve included; a snapshot, other processes
     move it."""
@@ -113,7 +113,14 @@ def survey() -> list[Candidate]:
 
 
 def choose(name: str) -> Backend:
-    """Resolves `--backend`, once, at launch; the choice is logged with its reason.
+    """The backend that `--backend` names; see `resolve`."""
+    backend = resolve(name).backend
+    assert backend is not None
+    return backend
+
+
+def resolve(name: str) -> Candidate:
+    """Resolves `--backend`, once, at launch, to what can run; the choice is logged with its reason.
 
     "auto" takes the one usable accelerator, or the cpu backend where there is none. ValueError
     where several accelerators are usable, where the named backend is unknown or cannot run (with
@@ -136,7 +143,7 @@ def choose(name: str) -> Backend:
             f"backend '{chosen.name}' cannot run here: {chosen.reason}"
         ) from chosen.error
     log.info("backend %s from %s: %s", chosen.name, chosen.origin, why)
-    return chosen.backend
+    return chosen
 
 
 def resolve_precision(backend: Backend, name: str) -> torch.dtype:
@@ -180,25 +187,59 @@ def resolve_attention(backend: Backend, name: str, *, precision: torch.dtype | N
     if name not in offered:
         raise ValueError(
             f"attention '{name}' is not available on {where} here: "
-            f"give auto or {' or '.join(offered)}"
+            f"give auto or {' or '.join(offered)}{_why_not(backend, name, precision)}"
         )
     return name
 
 
+def claim_device(device: str) -> torch.device:
+    """The device of this type that is this process's own, made the current one.
+
+    Of several processes on a machine, each takes the device of its local rank. Unavailable where
+    there are fewer devices, or where PyTorch takes another type for its accelerator.
+    """
+    import torch
+
+    if device == "cpu":
+        return torch.device("cpu")
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    current, count = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
+    if current is None or current.type != device:
+        raise Unavailable(
+            f"PyTorch takes '{current}' for this process's accelerator, not '{device}': uninstall "
+            "the package that registers the other one, or use the backend for it"
+        )
+    if index >= count:
+        raise Unavailable(
+            f"process {index + 1} on this machine has no '{device}' device of its own, {count} "
+            f"visible: start at most {count} here (torchrun --nproc-per-node {count})"
+        )
+    torch.accelerator.set_device_index(index)
+    return torch.device(device, index)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the stack that some of PyTorch's append."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def _why_not(backend: Backend, name: str, precision: torch.dtype | None) -> str:
+    """What goes wrong with an attention that is not offered, where a trial of it tells."""
+    from cppo.attention import trial
+
+    reason = trial(name, backend.device, precision or backend.precision[0])
+    return f" ({name}: {reason})" if reason else ""
+
+
 def accelerator_memory(device: str) -> Memory:
-    """Memory of the current accelerator, counted by PyTorch's allocator: what tensors hold.
+    """Memory of this process's device, counted by PyTorch's allocator: what tensors hold.
 
     `torch.accelerator` addresses one device type a process. Unavailable where that is not
     `device`, since another device's counters would be reported.
     """
     import torch
 
-    current = torch.accelerator.current_accelerator()
-    if current is None or current.type != device:
-        raise Unavailable(
-            f"PyTorch takes '{current}' for this process's accelerator, not '{device}': uninstall "
-            "the package that registers the other one, or use the backend for it"
-        )
+    claim_device(device)
     accelerator = torch.accelerator
 
     def headroom_bytes() -> int:
@@ -211,25 +252,6 @@ def accelerator_memory(device: str) -> Memory:
         release=accelerator.empty_cache,
         headroom_bytes=headroom_bytes,
     )
-
-
-def flash_attention_usable() -> bool:
-    """Whether transformers would dispatch to an installed flash-attn 2 and it imports.
-
-    A build that does not fit the installed PyTorch is the usual trouble: it is logged.
-    """
-    if find_spec("flash_attn") is None or find_spec("transformers") is None:
-        return False
-    from transformers.utils import is_flash_attn_2_available
-
-    if not is_flash_attn_2_available():
-        return False
-    try:
-        importlib.import_module("flash_attn")
-    except (ImportError, OSError) as error:
-        log.warning("flash-attn is installed but does not import, so it is not used: %s", error)
-        return False
-    return True
 
 
 def _probe(entry: EntryPoint) -> Candidate:

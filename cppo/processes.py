@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cppo.device import Backend
+from cppo.device import Backend, claim_device
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -26,16 +26,22 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 class Processes:
     """This process among those of its run.
 
-    Joins them where several were launched, with float16's loss scaling where it is computed in.
-    Raises ValueError where the environment is no launcher's, where this process has no device of
-    its own, and where PyTorch does not know the backend's collectives.
+    Joins them where several were launched and it is not to stay `alone`; scales the loss where
+    float16 is computed in.
+    Raises ValueError where the environment is no launcher's, and where PyTorch does not know the
+    backend's collectives.
     """
 
     def __init__(
-        self, backend: Backend, precision: torch.dtype, *, timeout_seconds: float = 7200.0
+        self,
+        backend: Backend,
+        precision: torch.dtype,
+        *,
+        timeout_seconds: float = 7200.0,
+        alone: bool = False,
     ) -> None:
-        self.rank, self.world, local_rank = _launched()
-        self.device = _own_device(backend, local_rank)
+        self.rank, self.world = (0, 1) if alone else _launched()
+        self.device = claim_device(backend.device)
         self._scaler = torch.amp.GradScaler(backend.device, enabled=precision is torch.float16)
         self._joined = self.world > 1 and not dist.is_initialized()
         if self._joined:
@@ -120,36 +126,17 @@ class Processes:
             self._scaler.load_state_dict(state)
 
 
-def _launched() -> tuple[int, int, int]:
-    """Rank, number of processes, and rank on this machine, as the launcher says."""
+def _launched() -> tuple[int, int]:
+    """Rank and number of processes, as the launcher says."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
-        return 0, 1, 0
+        return 0, 1
     if missing := [name for name in LAUNCHER if name not in os.environ]:
         raise ValueError(
             f"WORLD_SIZE is {world}, but {' and '.join(missing)} is not set: each process would "
             f"train by itself. Start with torchrun --nproc-per-node {world}, or unset WORLD_SIZE"
         )
-    return int(os.environ["RANK"]), world, int(os.environ["LOCAL_RANK"])
-
-
-def _own_device(backend: Backend, local_rank: int) -> torch.device:
-    """The device that this process alone computes on; makes it the current one."""
-    if backend.device == "cpu":
-        return torch.device("cpu")
-    current, count = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
-    if current is None or current.type != backend.device:
-        raise ValueError(
-            f"the backend computes on {backend.device!r}, but PyTorch takes '{current}' for this "
-            "process's accelerator; set --backend to match"
-        )
-    if local_rank >= count:
-        raise ValueError(
-            f"process {local_rank + 1} on this machine has no {backend.device!r} device of its "
-            f"own: {count} visible. Start at most {count} here (torchrun --nproc-per-node {count})"
-        )
-    torch.accelerator.set_device_index(local_rank)
-    return torch.device(backend.device, local_rank)
+    return int(os.environ["RANK"]), world
 
 
 def _join(backend: Backend, timeout: timedelta) -> None:

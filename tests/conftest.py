@@ -7,7 +7,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,34 @@ import torch
 
 from cppo.builtin import ShapesTask
 from cppo.builtin.policy import IMAGE_PIXELS, build_model, build_tokenizer
+from cppo.device import choose
 from cppo.policy import Policy, load
 
+BACKEND = "CPPO_TEST_BACKEND"  # for what runs in processes of its own, too
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", help="run the tests marked `device` alone, on this backend")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ[BACKEND] = config.getoption("--backend") or "cpu"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--backend") is not None:
+        others = [item for item in items if item.get_closest_marker("device") is None]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
+
+
+@pytest.fixture
+def tensors_on_device() -> Iterator[None]:
+    """What a test makes without naming a device is made on that of --backend."""
+    device = choose(os.environ[BACKEND]).device
+    with torch.device(device) if device != "cpu" else nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import cppo.doctor
 from cppo.detector import perception_mask, precision, precision_at_k, rise, roc_auc
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "objective.json").read_text())
+pytestmark = [pytest.mark.device, pytest.mark.usefixtures("tensors_on_device")]
+GOLDEN = json.loads((Path(cppo.doctor.__file__).with_name("golden.json")).read_text())
 VARIANTS: dict[str, dict[str, Any]] = {
     "perception_mask_floor_keep": {},
     "perception_mask_ceil_cut": {"count": "ceil", "ties": "cut"},
@@ -29,7 +31,7 @@ laws = settings(max_examples=40, deadline=None)
 
 def random_entropies(seed: int, B: int, T: int) -> tuple[Tensor, Tensor, Tensor]:
     """Continuous entropies without ties, and a right-padded mask with holes."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     entropy, removed = torch.rand(2, B, T, generator=generator, dtype=torch.float64) + 0.1
     lengths = torch.randint(0, T + 1, (B, 1), generator=generator)
     mask = (torch.arange(T) < lengths) & (torch.rand(B, T, generator=generator) < 0.8)
@@ -180,7 +182,7 @@ def test_padding_does_not_move_the_mask(seed: int, key: str) -> None:
     entropy, removed, response_mask = random_entropies(seed, 4, 9)
     mask = perception_mask(entropy, removed, response_mask, **VARIANTS[key])
     assert not (mask & ~response_mask).any()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     for tensor in (entropy, removed):
         fill = torch.tensor(FILLS, dtype=torch.float64)[
             torch.randint(len(FILLS), (4, 9), generator=generator)
@@ -194,7 +196,7 @@ def test_padding_does_not_move_the_mask(seed: int, key: str) -> None:
 def test_a_response_is_masked_alone_as_in_any_batch(seed: int, key: str) -> None:
     tensors = random_entropies(seed, 5, 8)
     whole = perception_mask(*tensors, **VARIANTS[key])
-    order = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(5, generator=torch.Generator(torch.get_default_device()).manual_seed(seed))
     assert torch.equal(
         perception_mask(*(tensor[order] for tensor in tensors), **VARIANTS[key]), whole[order]
     )
@@ -353,7 +355,7 @@ def test_precision_at_k_does_not_depend_on_positions(
 ) -> None:
     scores = torch.tensor([score for score, _ in tokens])
     labels = torch.tensor([label for _, label in tokens])
-    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(tokens), generator=torch.Generator(torch.get_default_device()).manual_seed(seed))
     for k in range(1, len(tokens) + 1):
         value = precision_at_k(scores, labels, k)
         assert value == pytest.approx(precision_at_k(scores[order], labels[order], k), abs=1e-12)
@@ -392,7 +394,7 @@ def test_measures_refuse_what_cannot_be_ranked() -> None:
 @laws
 @given(seed=seeds)
 def test_planted_perception_tokens_are_found(seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     labels = torch.rand(4, 20, generator=generator) < 0.3
     labels[:, 0], labels[:, 1] = True, False
     entropy = torch.rand(4, 20, generator=generator) * 0.2 + 0.1

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import cppo.doctor
 from cppo.methods import CPPO, GRPO, METHODS, Scores, Tokens, build
 from cppo.objective import aggregate
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "objective.json").read_text())
+GOLDEN = json.loads((Path(cppo.doctor.__file__).with_name("golden.json")).read_text())
 VIEWS = ("preserved", "removed", "blind")
 every_response = pytest.mark.parametrize(
     "response", GOLDEN["responses"], ids=lambda r: f"T{len(r['logprobs'])}"

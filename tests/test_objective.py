@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import softplus
 
+import cppo.doctor
 from cppo.objective import (
     aggregate,
     clipped_surrogate,
@@ -24,7 +25,8 @@ from cppo.objective import (
     sequence_surrogate,
 )
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "objective.json").read_text())
+pytestmark = [pytest.mark.device, pytest.mark.usefixtures("tensors_on_device")]
+GOLDEN = json.loads((Path(cppo.doctor.__file__).with_name("golden.json")).read_text())
 MODES = ["token-mean", "sequence-mean", "sequence-sum-norm"]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 FILLS = [math.nan, math.inf, -math.inf, 1e30, -1e30, 0.3]
@@ -50,7 +52,7 @@ def check(actual: Tensor, expected: Tensor | list[float], tolerance: float) -> N
 
 
 def random_logprobs(seed: int, B: int, T: int, views: int, spread: float = 0.5) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     base = -torch.rand(B, T, generator=generator, dtype=torch.float64) * 2
     noise = torch.randn(views - 1, B, T, generator=generator, dtype=torch.float64) * spread
     return [base, *(base + noise)]
@@ -58,14 +60,14 @@ def random_logprobs(seed: int, B: int, T: int, views: int, spread: float = 0.5) 
 
 def random_mask(seed: int, B: int, T: int) -> Tensor:
     """Right-padded, and with a hole inside now and then."""
-    generator = torch.Generator().manual_seed(seed + 1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed + 1)
     lengths = torch.randint(0, T + 1, (B, 1), generator=generator)
     holes = torch.rand(B, T, generator=generator) < 0.2
     return (torch.arange(T) < lengths) & ~holes
 
 
 def random_advantages(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + 2)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed + 2)
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
@@ -170,7 +172,7 @@ def test_padding_moves_neither_value_nor_gradient(loss: Loss, mode: str, seed: i
     inputs, mask = random_logprobs(seed, B, T, 3), random_mask(seed, B, T)
     advantages = random_advantages(seed, B, T)
     value, gradients = loss_and_gradients(loss, inputs, advantages, mask, mode)
-    generator = torch.Generator().manual_seed(seed + 3)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed + 3)
     for _ in range(4):
         fills = [
             torch.tensor(FILLS, dtype=torch.float64)[
@@ -230,7 +232,7 @@ def test_no_cut_into_micro_batches_moves_loss_or_gradient(
 def test_permuting_responses_permutes_the_losses(loss: Loss, seed: int) -> None:
     inputs, mask = random_logprobs(seed, 5, 4, 3), random_mask(seed, 5, 4)
     advantages = random_advantages(seed, 5)
-    order = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(5, generator=torch.Generator(torch.get_default_device()).manual_seed(seed))
     losses = loss(*inputs, advantages, mask)
     permuted = loss(*(tensor[order] for tensor in inputs), advantages[order], mask[order])
     torch.testing.assert_close(permuted, losses[order], atol=1e-12, rtol=1e-12)
@@ -440,7 +442,7 @@ def test_normalized_advantages_ignore_scale_and_shift_of_rewards(
 @given(seed=seeds, normalize=st.booleans())
 def test_permuting_a_group_permutes_its_advantages(seed: int, normalize: bool) -> None:
     rewards = random_advantages(seed, 2, 5)
-    order = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(5, generator=torch.Generator(torch.get_default_device()).manual_seed(seed))
     advantages = group_advantages(rewards.flatten(), 5, normalize=normalize).view(2, 5)
     permuted = group_advantages(rewards[:, order].flatten(), 5, normalize=normalize).view(2, 5)
     torch.testing.assert_close(permuted, advantages[:, order], atol=1e-12, rtol=1e-12)
@@ -599,11 +601,12 @@ KEPT = torch.tensor([[True, True, False], [True, False, False], [False, False, F
 def test_aggregates_of_a_hand_worked_batch(
     mode: Any, units: int, value: float, with_denominator_10: float
 ) -> None:
-    assert count_units(KEPT, mode) == units
-    check(aggregate(PER_TOKEN, KEPT, mode), [value], 1e-12)
-    check(aggregate(PER_TOKEN, KEPT, mode, denominator=10), [with_denominator_10], 1e-12)
+    per_token, kept = PER_TOKEN.to(torch.get_default_device()), KEPT.to(torch.get_default_device())
+    assert count_units(kept, mode) == units
+    check(aggregate(per_token, kept, mode), [value], 1e-12)
+    check(aggregate(per_token, kept, mode, denominator=10), [with_denominator_10], 1e-12)
     check(
-        aggregate(PER_TOKEN, KEPT, mode, denominator=torch.tensor(10)), [with_denominator_10], 1e-12
+        aggregate(per_token, kept, mode, denominator=torch.tensor(10)), [with_denominator_10], 1e-12
     )
 
 
@@ -640,7 +643,7 @@ def test_wider_padding_does_not_move_an_aggregate(
 @given(seed=seeds)
 def test_permuting_responses_does_not_move_an_aggregate(mode: Any, seed: int) -> None:
     per_token, mask = random_advantages(seed, 6, 4), random_mask(seed, 6, 4)
-    order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(6, generator=torch.Generator(torch.get_default_device()).manual_seed(seed))
     torch.testing.assert_close(
         aggregate(per_token[order], mask[order], mode),
         aggregate(per_token, mask, mode),

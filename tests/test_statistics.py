@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 import cppo.statistics
 from cppo.statistics import chunked_token_statistics, token_statistics
 
+pytestmark = [pytest.mark.device, pytest.mark.usefixtures("tensors_on_device")]
 seeds = st.integers(0, 2**31 - 1)
 
 
@@ -26,7 +27,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def random_inputs(
     seed: int, T: int, V: int, D: int, dtype: torch.dtype = torch.float64, scale: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     hidden_TD = torch.randn(T, D, generator=generator, dtype=torch.float64) * scale
     weight_VD = torch.randn(V, D, generator=generator, dtype=torch.float64)
     targets_T = torch.randint(0, V, (T,), generator=generator)
@@ -166,7 +167,7 @@ def test_the_chunk_size_moves_nothing(seed: int, chunk_tokens: int) -> None:
 @given(seed=seeds)
 def test_permuting_tokens_permutes_their_statistics(seed: int) -> None:
     hidden_TD, weight_VD, targets_T = random_inputs(seed, 12, 20, 4)
-    order = torch.randperm(12, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(12, generator=torch.Generator(torch.get_default_device()).manual_seed(seed))
     straight = token_statistics(hidden_TD, weight_VD, targets_T)
     permuted = token_statistics(hidden_TD[order], weight_VD, targets_T[order])
     for a, b in zip(permuted, straight, strict=True):

@@ -132,7 +132,7 @@ def load(
             "files are incomplete, copy or download them again."
         )
     family.prepare(model)
-    model.to(device)
+    place(model, device)
     if freeze_vision:
         model.model.visual.requires_grad_(False)
     if gradient_checkpointing:
@@ -149,6 +149,16 @@ def load(
         precision=precision or dtype,
         source=source,
     )
+
+
+def place(model: Any, device: str | torch.device) -> None:
+    """Moves a transformers model, what it shares between its parts still shared.
+
+    On devices whose tensors PyTorch cannot put into parameters that exist, `to` makes new ones, an
+    embedding and the head that is tied to it each their own.
+    """
+    model.to(device)
+    model.tie_weights()
 
 
 def save(policy: Policy, folder: Path) -> None:

@@ -304,7 +304,11 @@ const at::Tensor& resize(
 
 void compute_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   for (auto& value : *stack) {
-    if (value.isGenerator() && value.toGenerator().device().type() == kDevice) {
+    if (value.isGenerator()) {
+      TORCH_CHECK(
+          value.toGenerator().device().type() == kDevice,
+          "expected a generator of the simulated device, found one of ",
+          value.toGenerator().device());
       value = static_cast<GeneratorImpl*>(value.toGenerator().unsafeGetGeneratorImpl())->cpu;
     }
   }

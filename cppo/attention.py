@@ -1,0 +1,112 @@
+"""Attention as transformers dispatches it: one call of it, and whether that works here.
+
+Shapes: B rows, H query heads, h key and value heads (H is a multiple of h), L positions, D of a
+head. Attention is causal; rows may be padded on the right.
+"""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cppo.device import claim_device
+
+# Packages that bring flash attention, best first: import name by transformers' name for it.
+FLASH_PACKAGES = {"flash_attention_3": "flash_attn_interface", "flash_attention_2": "flash_attn"}
+
+log = logging.getLogger(__name__)
+
+
+def attend(
+    name: str, query: Tensor, key: Tensor, value: Tensor, *, lengths: Tensor | None = None
+) -> Tensor:
+    """What transformers computes under `attn_implementation=name`; (B, L, H, D).
+
+    `query` (B, H, L, D); `key` and `value` (B, h, L, D); `lengths` (B,) tokens of each row, None
+    where none is padded. What padded positions give is undefined.
+    """
+    length = query.shape[2]
+    mask: Tensor | None = None
+    if lengths is not None:
+        positions = torch.arange(length, device=query.device)
+        mask = positions < lengths[:, None]  # (B, L)
+    if "flash" in name:
+        from transformers.integrations.flash_attention import flash_attention_forward as forward
+    else:
+        if mask is not None or name == "eager":
+            causal = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+            mask = causal[None, None] if mask is None else causal & mask[:, None, None]
+        if name == "sdpa":
+            from transformers.integrations.sdpa_attention import sdpa_attention_forward as forward
+        elif name == "eager":
+            forward = _eager
+        else:
+            raise ValueError(
+                f"attention {name!r} is not known: give eager, sdpa or flash_attention_2"
+            )
+    layer: Any = nn.Module()
+    layer.config = SimpleNamespace(_attn_implementation=name)
+    layer.is_causal, layer.num_key_value_groups = True, query.shape[1] // key.shape[1]
+    attended: Tensor = forward(layer, query, key, value, mask, scaling=query.shape[-1] ** -0.5)[0]
+    return attended
+
+
+def trial(name: str, device: str, dtype: torch.dtype) -> str:
+    """Attends on a few tokens, forward and backward. Why that fails here; empty where it works."""
+    if "flash" in name and dtype.itemsize != 2:
+        return f"it takes 16-bit numbers only, not {dtype}"
+    try:
+        query, key, value = (
+            torch.randn(2, heads, 16, 64, device=device, dtype=dtype, requires_grad=True)
+            for heads in (4, 2, 2)
+        )
+        attended = attend(name, query, key, value)
+        attended.float().sum().backward()  # type: ignore[no-untyped-call]
+        gradients = (query.grad, key.grad, value.grad)
+        if not all(tensor is not None and tensor.isfinite().all() for tensor in gradients):
+            return "its gradients are not finite"
+    except Exception as error:  # noqa: BLE001 - a foreign kernel may fail in any way
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def usable(candidates: tuple[str, ...], device: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """The candidates that a trial on this process's device shows to work, in their order; why
+    others do not is logged.
+
+    Without transformers, which everything but PyTorch's own goes through, that is taken on trust.
+    """
+    if find_spec("transformers") is None:
+        return tuple(name for name in candidates if name in ("sdpa", "eager"))
+    claim_device(device)
+    working = []
+    for name in candidates:
+        if reason := trial(name, device, dtype):
+            log.warning(
+                "attention %s fails a trial on %s, and is not used: %s", name, device, reason
+            )
+        else:
+            working.append(name)
+    return tuple(working)
+
+
+def installed_flash_attention() -> tuple[str, ...]:
+    """Flash attention whose package is installed, best first; a trial tells whether it works."""
+    return tuple(name for name, package in FLASH_PACKAGES.items() if find_spec(package) is not None)
+
+
+def _eager(
+    layer: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+) -> tuple[Tensor]:
+    """As transformers' models write it: the softmax in float32, products in the inputs' dtype."""
+    key, value = (x.repeat_interleave(layer.num_key_value_groups, dim=1) for x in (key, value))
+    weights = query @ key.transpose(2, 3) * scaling
+    if mask is not None:
+        weights = weights.masked_fill(~mask, torch.finfo(weights.dtype).min)
+    weights = weights.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return ((weights @ value).transpose(1, 2),)

@@ -1,0 +1,105 @@
+"""Each attention choice against a float64 reference, forward and gradient.
+
+The shapes are a vision-language model's: grouped-query heads, an image's worth of prefix before a
+short response, and rows of different lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from cppo.attention import attend
+from cppo.doctor.finding import Examination, Finding, at_most, not_run, relative_error, short
+
+ROWS, HEADS, KEY_HEADS, HEAD_SIZE = 2, 8, 2, 64
+LENGTHS = (1088, 700)  # of the rows: 1,024 image tokens and a response, and a smaller image
+# Relative errors, by norm. Of what is computed in 16 bits, rounding alone is 2^-9 and 2^-12.
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def examine(given: Examination) -> Iterator[Finding]:
+    for dtype in given.backend.precision:
+        case = _Case(dtype)
+        for name in given.backend.attention:
+            if "flash" in name and dtype.itemsize != 2:
+                continue  # its kernels take nothing wider; `auto` knows
+            yield from case.compare(name, name, given.device)
+        if "sdpa" in given.backend.attention:
+            yield from _kernels(case, given.device)
+
+
+def _kernels(case: _Case, device: torch.device) -> Iterator[Finding]:
+    """PyTorch's own choice among its kernels is `sdpa`; here each of them by itself."""
+    for name, kernel in SDPBackend.__members__.items():
+        if kernel in (SDPBackend.ERROR, SDPBackend.OVERRIDEABLE):
+            continue
+        label = f"sdpa's {name.lower()}"
+        try:
+            with sdpa_kernel(kernel):
+                yield from case.compare(label, "sdpa", device)
+        except RuntimeError as error:
+            if "kernel" not in str(error):
+                raise
+            what = f"{label} {short(case.dtype)}"
+            yield not_run(what, "not for these shapes, or not on this device")
+
+
+class _Case:
+    """Inputs in one precision, and what is true of them."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(heads: int) -> Tensor:
+            shape = (ROWS, heads, max(LENGTHS), HEAD_SIZE)
+            return torch.randn(shape, generator=generator).to(dtype)
+
+        self.dtype = dtype
+        self.inputs = (draw(HEADS), draw(KEY_HEADS), draw(KEY_HEADS))
+        self.upstream = draw(HEADS).transpose(1, 2)
+        self.lengths = torch.tensor(LENGTHS)
+        self.valid = torch.arange(max(LENGTHS)) < self.lengths[:, None]
+        self._truths: dict[bool, list[Tensor]] = {}
+
+    def compare(self, label: str, name: str, device: torch.device) -> Iterator[Finding]:
+        """Two findings on rows of one length, and two on ragged ones."""
+        for ragged in (False, True):
+            if ragged not in self._truths:
+                self._truths[ragged] = self._differentiate("exact", torch.device("cpu"), ragged)
+            forward, *gradients = self._differentiate(name, device, ragged)
+            true_forward, *true_gradients = self._truths[ragged]
+            rows = "ragged rows" if ragged else "full rows"
+            limit = LIMITS[self.dtype]
+            what = f"{label} {short(self.dtype)}, {rows}"
+            yield at_most(f"{what}, forward", relative_error(forward, true_forward), limit)
+            worst = max(map(relative_error, gradients, true_gradients))
+            yield at_most(f"{what}, gradient", worst, limit)
+
+    def _differentiate(self, name: str, device: torch.device, ragged: bool) -> list[Tensor]:
+        """The result on valid positions, and the gradients of the inputs."""
+        wide = torch.float64 if name == "exact" else self.dtype
+        inputs = [x.detach().to(device, wide).requires_grad_() for x in self.inputs]
+        query, key, value = inputs
+        lengths = self.lengths.to(device) if ragged else None
+        valid = self.valid.to(device) if ragged else torch.ones_like(self.valid).to(device)
+        if name == "exact":
+            attended = _exact(query, key, value, valid)
+        else:
+            attended = attend(name, query, key, value, lengths=lengths)
+        kept = attended[valid]
+        kept.backward(self.upstream.to(device, wide)[valid])  # type: ignore[no-untyped-call]
+        return [kept, *(x.grad for x in inputs if x.grad is not None)]
+
+
+def _exact(query: Tensor, key: Tensor, value: Tensor, valid: Tensor) -> Tensor:
+    """Attention as it is defined, (B, L, H, D); shares nothing with what it is the truth for."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = torch.einsum("bhqd,bhkd->bhqk", query, key) / HEAD_SIZE**0.5
+    causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    scores = scores.masked_fill(~(causal & valid[:, None, None]), -torch.inf)
+    return torch.einsum("bhqk,bhkd->bqhd", scores.softmax(-1), value)

@@ -1,0 +1,60 @@
+"""What the machine is: the facts that a report is worthless without."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import distributions, version
+from pathlib import Path
+
+import torch
+
+from cppo.device import Backend, claim_device
+
+PACKAGES = ("torch", "transformers", "triton", "flash", "peft", "numpy", "pytorch")  # and relatives
+VARIABLES = ("_VISIBLE_DEVICES", "_ALLOC_CONF", "_NUM_THREADS", "_WORKSPACE_CONFIG")
+
+
+def describe(backend: Backend) -> dict[str, str]:
+    """Facts by name, for people; the same on each machine, as far as it has them."""
+    device = claim_device(backend.device)
+    facts = {
+        "cppo": version("cppo"),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processor": f"{_processor()}, {os.cpu_count()} logical cores",
+        "device": _device(device),
+        "threads": str(torch.get_num_threads()),
+    }
+    builds = {name: build for name, build in vars(torch.version).items() if _is_build(name, build)}
+    facts["PyTorch is built for"] = ", ".join(f"{n} {b}" for n, b in builds.items()) or "the CPU"
+    facts |= {
+        found.name: found.version
+        for found in sorted(distributions(), key=lambda each: each.name.lower())
+        if found.name.lower().startswith(PACKAGES)
+    }
+    facts |= {n: os.environ[n] for n in sorted(os.environ) if n.endswith(VARIABLES)}
+    return facts
+
+
+def _is_build(name: str, build: object) -> bool:
+    return isinstance(build, str) and not name.startswith("_") and "version" not in name
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _device(device: torch.device) -> str:
+    """Its name, number and memory."""
+    if device.type == "cpu":
+        return "cpu"
+    count = torch.accelerator.device_count()
+    name = getattr(torch.get_device_module(device), "get_device_name", lambda index: device.type)
+    _, total_bytes = torch.accelerator.get_memory_info(device)
+    return f"{count} x {name(device.index)}, {total_bytes / 2**30:.0f} GiB"
