@@ -196,7 +196,9 @@ def test_padding_does_not_move_the_mask(seed: int, key: str) -> None:
 def test_a_response_is_masked_alone_as_in_any_batch(seed: int, key: str) -> None:
     tensors = random_entropies(seed, 5, 8)
     whole = perception_mask(*tensors, **VARIANTS[key])
-    order = torch.randperm(5, generator=torch.Generator(torch.get_default_device()).manual_seed(seed))
+    order = torch.randperm(
+        5, generator=torch.Generator(torch.get_default_device()).manual_seed(seed)
+    )
     assert torch.equal(
         perception_mask(*(tensor[order] for tensor in tensors), **VARIANTS[key]), whole[order]
     )
@@ -355,7 +357,9 @@ def test_precision_at_k_does_not_depend_on_positions(
 ) -> None:
     scores = torch.tensor([score for score, _ in tokens])
     labels = torch.tensor([label for _, label in tokens])
-    order = torch.randperm(len(tokens), generator=torch.Generator(torch.get_default_device()).manual_seed(seed))
+    order = torch.randperm(
+        len(tokens), generator=torch.Generator(torch.get_default_device()).manual_seed(seed)
+    )
     for k in range(1, len(tokens) + 1):
         value = precision_at_k(scores, labels, k)
         assert value == pytest.approx(precision_at_k(scores[order], labels[order], k), abs=1e-12)

@@ -232,7 +232,9 @@ def test_no_cut_into_micro_batches_moves_loss_or_gradient(
 def test_permuting_responses_permutes_the_losses(loss: Loss, seed: int) -> None:
     inputs, mask = random_logprobs(seed, 5, 4, 3), random_mask(seed, 5, 4)
     advantages = random_advantages(seed, 5)
-    order = torch.randperm(5, generator=torch.Generator(torch.get_default_device()).manual_seed(seed))
+    order = torch.randperm(
+        5, generator=torch.Generator(torch.get_default_device()).manual_seed(seed)
+    )
     losses = loss(*inputs, advantages, mask)
     permuted = loss(*(tensor[order] for tensor in inputs), advantages[order], mask[order])
     torch.testing.assert_close(permuted, losses[order], atol=1e-12, rtol=1e-12)
@@ -442,7 +444,9 @@ def test_normalized_advantages_ignore_scale_and_shift_of_rewards(
 @given(seed=seeds, normalize=st.booleans())
 def test_permuting_a_group_permutes_its_advantages(seed: int, normalize: bool) -> None:
     rewards = random_advantages(seed, 2, 5)
-    order = torch.randperm(5, generator=torch.Generator(torch.get_default_device()).manual_seed(seed))
+    order = torch.randperm(
+        5, generator=torch.Generator(torch.get_default_device()).manual_seed(seed)
+    )
     advantages = group_advantages(rewards.flatten(), 5, normalize=normalize).view(2, 5)
     permuted = group_advantages(rewards[:, order].flatten(), 5, normalize=normalize).view(2, 5)
     torch.testing.assert_close(permuted, advantages[:, order], atol=1e-12, rtol=1e-12)
@@ -643,7 +647,9 @@ def test_wider_padding_does_not_move_an_aggregate(
 @given(seed=seeds)
 def test_permuting_responses_does_not_move_an_aggregate(mode: Any, seed: int) -> None:
     per_token, mask = random_advantages(seed, 6, 4), random_mask(seed, 6, 4)
-    order = torch.randperm(6, generator=torch.Generator(torch.get_default_device()).manual_seed(seed))
+    order = torch.randperm(
+        6, generator=torch.Generator(torch.get_default_device()).manual_seed(seed)
+    )
     torch.testing.assert_close(
         aggregate(per_token[order], mask[order], mode),
         aggregate(per_token, mask, mode),

@@ -167,7 +167,9 @@ def test_the_chunk_size_moves_nothing(seed: int, chunk_tokens: int) -> None:
 @given(seed=seeds)
 def test_permuting_tokens_permutes_their_statistics(seed: int) -> None:
     hidden_TD, weight_VD, targets_T = random_inputs(seed, 12, 20, 4)
-    order = torch.randperm(12, generator=torch.Generator(torch.get_default_device()).manual_seed(seed))
+    order = torch.randperm(
+        12, generator=torch.Generator(torch.get_default_device()).manual_seed(seed)
+    )
     straight = token_statistics(hidden_TD, weight_VD, targets_T)
     permuted = token_statistics(hidden_TD[order], weight_VD, targets_T[order])
     for a, b in zip(permuted, straight, strict=True):

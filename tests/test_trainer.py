@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import BACKEND
 
 from cppo.config import (
     EvaluationConfig,
@@ -27,6 +28,7 @@ from cppo.config import (
 from cppo.methods import METHODS
 from cppo.trainer import Diverged, Trainer, learning_rate
 
+pytestmark = pytest.mark.device
 REWARD = "test_trainer:reward_length"
 
 
@@ -41,7 +43,7 @@ def config(model: Path, **changes: Any) -> TrainConfig:
         data="builtin",
         reward=REWARD,
         steps=2,
-        backend="cpu",
+        backend=os.environ[BACKEND],
         checkpoint_every=0,
         samples_every=1,
         policy=PolicyConfig(max_prompt_tokens=600),
