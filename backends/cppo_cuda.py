@@ -68,7 +68,3 @@ def _check_device() -> None:
             f"nvidia-smi lists one, that its driver supports CUDA {torch.version.cuda}, and "
             f"CUDA_VISIBLE_DEVICES ({visible})"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -7,6 +7,7 @@ What no machine at hand can show is shown with fakes, and those say so in their 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -416,7 +417,18 @@ def test_flash_attention_is_offered_in_sixteen_bits_only() -> None:
 
 
 @pytest.fixture
-def fake_pytorch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """This process's environment, without what a backend sets; what a test leaves is undone."""
+    ours = re.compile("PYTORCH.*ALLOC_CONF|CUBLAS_WORKSPACE_CONFIG|.*DETERMINISTIC|LOCAL_RANK")
+    copy = {name: value for name, value in os.environ.items() if not ours.fullmatch(name)}
+    monkeypatch.setattr(os, "environ", copy)
+    return copy
+
+
+@pytest.fixture
+def fake_pytorch(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> Callable[..., None]:
     """Makes PyTorch claim a build and a device; nothing may be computed on it."""
 
     def claim(
@@ -426,23 +438,50 @@ def fake_pytorch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         xpu: str | None = None,
         accelerator: str | None = None,
         bfloat16: bool = True,
+        architecture: str = "gfx942:sramecc+:xnack-",
+        tells_free_memory: bool = True,
+        deterministic: bool = False,
     ) -> None:
+        def init(name: str) -> None:
+            if name != accelerator:
+                raise RuntimeError(f"no driver for {name}\nand a stack that nobody reads")
+
+        def memory_info() -> tuple[int, int]:
+            if not tells_free_memory:
+                raise RuntimeError("this device does not tell its free memory")
+            return 500, 1000
+
         monkeypatch.setattr(torch.version, "cuda", cuda)
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(torch.version, "xpu", xpu)
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
         current = torch.device(accelerator) if accelerator else None
-        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: current)
+        fake_accelerator = {
+            "current_accelerator": lambda: current,
+            "device_count": lambda: int(current is not None),
+            "set_device_index": lambda index: None,
+            "get_memory_info": memory_info,
+            "memory_reserved": lambda: 30,
+            "memory_allocated": lambda: 20,
+        }
+        for name, fake in fake_accelerator.items():
+            monkeypatch.setattr(torch.accelerator, name, fake)
         for name in ("cuda", "xpu"):
             module = getattr(torch, name)
-            monkeypatch.setattr(module, "is_available", lambda name=name: accelerator == name)
+            monkeypatch.setattr(module, "init", lambda name=name: init(name))
             monkeypatch.setattr(
                 module,
                 "is_bf16_supported",
                 lambda including_emulation=True: bfloat16 or including_emulation,
             )
+            properties = types.SimpleNamespace(gcnArchName=architecture, total_memory=1000)
+            monkeypatch.setattr(module, "get_device_properties", lambda *_: properties)
+            monkeypatch.setattr(module, "memory_allocated", lambda: 20)
 
-    monkeypatch.setattr(cppo_cuda, "flash_attention_usable", lambda: True)
-    monkeypatch.setattr(cppo_rocm, "flash_attention_usable", lambda: True)
+    for module in (cppo_cuda, cppo_rocm, cppo_xpu):
+        monkeypatch.setattr(module, "usable", lambda names, device, dtype: names)
+    for module in (cppo_cuda, cppo_rocm):
+        monkeypatch.setattr(module, "installed_flash_attention", lambda: ("flash_attention_2",))
     return claim
 
 
@@ -451,12 +490,12 @@ def fake_pytorch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     [
         (cppo_cuda, {"hip": "7.1"}, "built for ROCm, not CUDA: use --backend rocm"),
         (cppo_cuda, {}, "built without CUDA: install"),
-        (cppo_cuda, {"cuda": "12.8"}, "sees no NVIDIA GPU: check"),
+        (cppo_cuda, {"cuda": "12.8"}, r"sees no NVIDIA GPU \(no driver for cuda\): check"),
         (cppo_rocm, {"cuda": "12.8"}, "built for CUDA, not ROCm: use --backend cuda"),
         (cppo_rocm, {}, "built without ROCm: install"),
-        (cppo_rocm, {"hip": "7.1"}, "sees no AMD GPU: check"),
+        (cppo_rocm, {"hip": "7.1"}, r"sees no AMD GPU \(no driver for cuda\): check"),
         (cppo_xpu, {}, "built without XPU: install"),
-        (cppo_xpu, {"xpu": "20250301"}, "sees no Intel GPU: check"),
+        (cppo_xpu, {"xpu": "20250301"}, r"sees no Intel GPU \(no driver for xpu\): check"),
         (cppo_cuda, {"cuda": "12.8", "accelerator": "cuda"}, None),
         (cppo_rocm, {"hip": "7.1", "accelerator": "cuda"}, None),
         (cppo_xpu, {"xpu": "20250301", "accelerator": "xpu"}, None),
@@ -470,23 +509,70 @@ def test_a_fake_pytorch_build_is_told_apart(
 ) -> None:
     fake_pytorch(**build)
     if reason is None:
-        assert module.probe().device == build["accelerator"]
+        backend = module.probe()
+        assert backend.device == build["accelerator"]
+        assert backend.precision[0] is torch.bfloat16
+        assert backend.memory.headroom_bytes() == 500 + 30 - 20
     else:
         with pytest.raises(Unavailable, match=reason):
             module.probe()
 
 
+@pytest.mark.parametrize(
+    ("module", "old", "attention"),
+    [
+        (cppo_cuda, {"cuda": "12.8", "accelerator": "cuda", "bfloat16": False}, ("sdpa", "eager")),
+        (
+            cppo_rocm,
+            {"hip": "7.1", "accelerator": "cuda", "architecture": "gfx906"},
+            ("flash_attention_2", "sdpa", "eager"),
+        ),
+        (cppo_xpu, {"xpu": "1", "accelerator": "xpu", "bfloat16": False}, ("sdpa", "eager")),
+    ],
+)
 def test_emulated_bfloat16_is_not_offered_on_a_fake_old_card(
     fake_pytorch: Callable[..., None],
+    module: types.ModuleType,
+    old: dict[str, str],
+    attention: tuple[str, ...],
 ) -> None:
-    fake_pytorch(cuda="12.8", accelerator="cuda", bfloat16=True)
-    recent = cppo_cuda.probe()
-    assert recent.precision[0] is torch.bfloat16
-    assert recent.attention[0] == "flash_attention_2"
-    fake_pytorch(cuda="12.8", accelerator="cuda", bfloat16=False)
-    old = cppo_cuda.probe()
-    assert old.precision == (torch.float32, torch.float16)
-    assert old.attention == ("sdpa", "eager")
+    fake_pytorch(**old)
+    backend = module.probe()
+    assert backend.precision == (torch.float32, torch.float16)
+    assert backend.attention == attention
+    with pytest.raises(ValueError, match="'bfloat16' is not available .* give auto or float32"):
+        device.resolve_precision(backend, "bfloat16")
+
+
+def test_headroom_of_a_fake_intel_card_that_does_not_tell_its_free_memory(
+    fake_pytorch: Callable[..., None],
+) -> None:
+    fake_pytorch(xpu="20250301", accelerator="xpu", tells_free_memory=False)
+    assert cppo_xpu.probe().memory.headroom_bytes() == 1000 - 20
+
+
+def test_the_allocator_is_set_before_the_first_allocation_unless_somebody_did(
+    fake_pytorch: Callable[..., None], environment: dict[str, str]
+) -> None:
+    fake_pytorch(cuda="12.8", accelerator="cuda")
+    cppo_cuda.probe()
+    assert environment.pop("PYTORCH_ALLOC_CONF") == "expandable_segments:True"
+    environment["PYTORCH_CUDA_ALLOC_CONF"] = "max_split_size_mb:128"
+    cppo_cuda.probe()
+    assert "PYTORCH_ALLOC_CONF" not in environment
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_deterministic_mode_reaches_the_libraries(
+    fake_pytorch: Callable[..., None], environment: dict[str, str], deterministic: bool
+) -> None:
+    fake_pytorch(cuda="12.8", accelerator="cuda", deterministic=deterministic)
+    cppo_cuda.probe()
+    assert ("CUBLAS_WORKSPACE_CONFIG" in environment) == deterministic
+    assert (environment.pop("FLASH_ATTENTION_DETERMINISTIC", "") == "1") == deterministic
+    fake_pytorch(hip="7.1", accelerator="cuda", deterministic=deterministic)
+    cppo_rocm.probe()
+    assert (environment.get("FLASH_ATTENTION_DETERMINISTIC", "") == "1") == deterministic
 
 
 def test_memory_of_another_accelerator_is_never_reported(
@@ -497,44 +583,113 @@ def test_memory_of_another_accelerator_is_never_reported(
         device.accelerator_memory("xpu")
 
 
+def test_a_process_beyond_the_last_fake_card_is_told_how_many_there_are(
+    fake_pytorch: Callable[..., None], environment: dict[str, str]
+) -> None:
+    fake_pytorch(cuda="12.8", accelerator="cuda")
+    environment["LOCAL_RANK"] = "0"
+    assert device.claim_device("cuda") == torch.device("cuda", 0)
+    environment["LOCAL_RANK"] = "1"
+    with pytest.raises(Unavailable, match="process 2 on this machine has no 'cuda' .* 1 visible"):
+        device.claim_device("cuda")
+
+
 @pytest.fixture
-def fake_torch_npu(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+def fake_torch_npu(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> types.ModuleType:
     module = types.ModuleType("torch_npu")
     module.__spec__ = types.SimpleNamespace()
-    module.__version__ = "2.13.0"
-    module.npu = types.SimpleNamespace(is_available=lambda: True, is_bf16_supported=lambda: True)
+    module.__version__ = torch.__version__.split("+")[0] + ".post1"
+    module.npu = types.SimpleNamespace(
+        is_available=lambda: True,
+        is_bf16_supported=lambda: True,
+        max_memory_allocated=lambda: 40,
+        reset_peak_memory_stats=lambda: None,
+        empty_cache=lambda: None,
+        mem_get_info=lambda: (500, 1000),
+        memory_reserved=lambda: 30,
+        memory_allocated=lambda: 20,
+    )
     module.npu_fusion_attention = object()
     monkeypatch.setitem(sys.modules, "torch_npu", module)
-    # PyTorch knows the device type by this name only once torch-npu has renamed it.
-    current = types.SimpleNamespace(type="npu")
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: current)
+    monkeypatch.setattr(cppo_npu, "version", lambda distribution: module.__version__)
+    monkeypatch.setattr(cppo_npu, "usable", lambda names, device, dtype: names)
     return module
 
 
-def test_a_fake_torch_npu_brings_its_fused_attention(fake_torch_npu: types.ModuleType) -> None:
+def test_a_fake_torch_npu_brings_its_fused_attention(
+    fake_torch_npu: types.ModuleType, environment: dict[str, str]
+) -> None:
     backend = cppo_npu.probe()
     assert backend.device == "npu"
     assert backend.attention == ("flash_attention_2", "sdpa", "eager")
     assert backend.precision[0] is torch.bfloat16
     assert backend.collectives == "hccl"
+    assert backend.memory.peak_bytes() == 40
+    assert backend.memory.headroom_bytes() == 500 + 30 - 20
+    assert environment["PYTORCH_NPU_ALLOC_CONF"] == "expandable_segments:True"
+    assert "HCCL_DETERMINISTIC" not in environment
+
+
+def test_an_old_fake_npu_has_neither_bfloat16_nor_fused_attention(
+    fake_torch_npu: types.ModuleType,
+) -> None:
+    fake_torch_npu.npu.is_bf16_supported = lambda: False
+    del fake_torch_npu.npu_fusion_attention
+    backend = cppo_npu.probe()
+    assert backend.precision == (torch.float32, torch.float16)
+    assert backend.attention == ("sdpa", "eager")
+
+
+def test_deterministic_mode_reaches_a_fake_npus_collectives(
+    fake_torch_npu: types.ModuleType, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    cppo_npu.probe()
+    assert environment["HCCL_DETERMINISTIC"] == "true"
 
 
 def test_a_fake_torch_npu_without_a_device_says_what_to_check(
     fake_torch_npu: types.ModuleType,
 ) -> None:
     fake_torch_npu.npu.is_available = lambda: False
-    with pytest.raises(Unavailable, match=r"torch-npu 2\.13\.0 sees no NPU: check"):
+    with pytest.raises(Unavailable, match=r"torch-npu \S+ sees no NPU: check"):
+        cppo_npu.probe()
+
+
+def test_a_fake_torch_npu_for_another_pytorch_is_refused_before_it_is_imported(
+    fake_torch_npu: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch_npu", None)  # an import of it would raise
+    fake_torch_npu.__version__ = "2.1.0"
+    with pytest.raises(Unavailable, match=r"torch-npu 2\.1\.0 does not fit PyTorch .*: install"):
+        cppo_npu.probe()
+
+
+def test_a_missing_torch_npu_says_what_to_install() -> None:
+    with pytest.raises(Unavailable, match="torch-npu is not installed: install CANN"):
         cppo_npu.probe()
 
 
 def test_a_fake_torch_npu_that_does_not_load_is_told_from_a_missing_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fake_torch_npu: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "torch_npu.py").write_text("raise ImportError('libhccl.so: cannot open')")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "torch_npu", raising=False)
+    monkeypatch.delitem(sys.modules, "torch_npu")
     with pytest.raises(Unavailable, match=r"does not import \(libhccl\.so.*source CANN"):
         cppo_npu.probe()
+
+
+def test_bfloat16_that_a_cpu_only_emulates_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    capabilities = {"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert cppo_cpu.probe().precision == (torch.float32,)
+    capabilities["amx_bf16"] = True
+    assert cppo_cpu.probe().precision == (torch.float32, torch.bfloat16)
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in PyTorch 2.10
+    assert cppo_cpu.probe().precision == (torch.float32,)
 
 
 # ---------------------------------------------------------------- the CPU's memory, on fake files
