@@ -247,6 +247,12 @@ class Trainer:
         names = updates[0] if updates else {}
         means = {name: sum(u[name] for u in updates) / len(updates) for name in names}
         kept = sum(self.processes.gather([group.teaches(self.method) for group in groups]))
+        if kept == 0 and self.processes.main:
+            what = "accuracy, which is what counts where groups are resampled"
+            logger.warning(
+                "step %d teaches nothing: in each group, all responses have the same %s",
+                *(step, what if self.method.resample else "reward"),
+            )
         return {**means, "learning_rate": rate, "kept_groups": float(kept)}
 
     def _with_known_logprobs(
@@ -359,8 +365,8 @@ class Trainer:
         found = checkpoint.newest(self.folder.checkpoints)
         if found is None:
             raise ValueError(
-                f"{self.folder.path} has no whole checkpoint to resume from; start it anew without "
-                "--resume"
+                f"{self.folder.path} has no whole checkpoint to resume from: start anew, with "
+                "another --output"
             )
         weights = torch.load(found.folder / "weights.pt", map_location="cpu")
         self.policy.model.load_state_dict(weights, strict=False)

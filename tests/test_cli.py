@@ -21,13 +21,19 @@ from cppo.config import (
     MINIMA,
     POSITIVE,
     SHARES,
+    DoctorConfig,
     EvalConfig,
     PerturbConfig,
     TrainConfig,
 )
 from cppo.methods import METHODS
 
-COMMAND_CONFIGS = {"train": TrainConfig, "eval": EvalConfig, "perturb": PerturbConfig}
+COMMAND_CONFIGS = {
+    "train": TrainConfig,
+    "eval": EvalConfig,
+    "perturb": PerturbConfig,
+    "doctor": DoctorConfig,
+}
 CONFIGS = [
     kind
     for kind in vars(config).values()

@@ -25,8 +25,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cppo import device
+from cppo import cli, device
 from cppo.device import Backend, Candidate, Memory, Unavailable
+from cppo.processes import LAUNCHER
 
 ROOT = Path(__file__).parents[1]
 BLOCK_BYTES = 200_000_000
@@ -466,6 +467,7 @@ def fake_pytorch(
         }
         for name, fake in fake_accelerator.items():
             monkeypatch.setattr(torch.accelerator, name, fake)
+        properties = types.SimpleNamespace(gcnArchName=architecture, total_memory=1000)
         for name in ("cuda", "xpu"):
             module = getattr(torch, name)
             monkeypatch.setattr(module, "init", lambda name=name: init(name))
@@ -474,7 +476,6 @@ def fake_pytorch(
                 "is_bf16_supported",
                 lambda including_emulation=True: bfloat16 or including_emulation,
             )
-            properties = types.SimpleNamespace(gcnArchName=architecture, total_memory=1000)
             monkeypatch.setattr(module, "get_device_properties", lambda *_: properties)
             monkeypatch.setattr(module, "memory_allocated", lambda: 20)
 
@@ -540,7 +541,7 @@ def test_emulated_bfloat16_is_not_offered_on_a_fake_old_card(
     backend = module.probe()
     assert backend.precision == (torch.float32, torch.float16)
     assert backend.attention == attention
-    with pytest.raises(ValueError, match="'bfloat16' is not available .* give auto or float32"):
+    with pytest.raises(ValueError, match=r"'bfloat16' is not available .* give auto or float32"):
         device.resolve_precision(backend, "bfloat16")
 
 
@@ -590,7 +591,7 @@ def test_a_process_beyond_the_last_fake_card_is_told_how_many_there_are(
     environment["LOCAL_RANK"] = "0"
     assert device.claim_device("cuda") == torch.device("cuda", 0)
     environment["LOCAL_RANK"] = "1"
-    with pytest.raises(Unavailable, match="process 2 on this machine has no 'cuda' .* 1 visible"):
+    with pytest.raises(Unavailable, match=r"process 2 on this machine has no 'cuda' .* 1 visible"):
         device.claim_device("cuda")
 
 
@@ -746,6 +747,114 @@ def test_a_peak_that_cannot_be_reset_is_reported_once(
     memory.reset_peak()
     memory.reset_peak()
     assert caplog.text.count("peak memory counts from the start of the process") == 1
+
+
+# ---------------------------------------------------------------- what the command line says
+
+
+@pytest.fixture
+def refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """What `cppo train` says to hardware that it cannot have: one paragraph, and no run begun."""
+
+    def train(*arguments: str) -> str:
+        folder = tmp_path / "elsewhere"
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        assert cli.main(["train", *arguments]) == 2
+        said = capsys.readouterr().err
+        [paragraph] = [line for line in said.splitlines() if line.startswith("cppo: ")]
+        assert said.endswith(paragraph + "\n")
+        assert "Traceback" not in said
+        assert list(folder.iterdir()) == []
+        return paragraph
+
+    return train
+
+
+def test_a_vendors_backend_on_anothers_fake_pytorch_is_refused(
+    refused: Callable[..., str], fake_pytorch: Callable[..., None]
+) -> None:
+    fake_pytorch(cuda="12.8", accelerator="cuda")
+    assert "'rocm' cannot run here: PyTorch" in (said := refused("--backend", "rocm"))
+    assert "built for CUDA, not ROCm: use --backend cuda" in said
+
+
+def test_an_unknown_backend_is_refused(refused: Callable[..., str]) -> None:
+    assert (
+        "backend 'cdua' is not known: give auto or one of cpu, cuda, npu, rocm, xpu "
+        "(did you mean 'cuda'?)"
+    ) in refused("--backend", "cdua")
+
+
+def test_two_accelerators_are_not_chosen_between(
+    refused: Callable[..., str], install: Install
+) -> None:
+    install("card", WORKING.format(device="meta"))
+    install("tile", WORKING.format(device="meta"))
+    said = refused("--backend", "auto")
+    assert "several accelerators: card from fake-card 1.0" in said
+    assert "choose one with --backend card or --backend tile" in said
+
+
+def test_attention_that_does_not_work_here_is_refused_with_what_its_trial_said(
+    refused: Callable[..., str],
+) -> None:
+    said = refused("--backend", "cpu", "--attention", "flash_attention_2")
+    assert "'flash_attention_2' is not available on cpu" in said
+    assert "give auto or sdpa or eager (flash_attention_2: it takes 16-bit numbers only" in said
+
+
+def test_a_precision_that_the_hardware_lacks_is_refused(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    said = refused("--backend", "cpu", "--precision", "bfloat16")
+    assert "'bfloat16' is not available on cpu here: give auto or float32" in said
+
+
+def test_a_backend_that_breaks_is_refused_and_listed_with_its_traceback(
+    refused: Callable[..., str], install: Install, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install("card", BROKEN)
+    said = refused("--backend", "card")
+    assert "fake-card 1.0 (fake_card) failed with ImportError: libcard.so" in said
+    assert cli.main(["backends"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f" {row.name} " in listed for row in INSTALLED)
+    assert "card: fake-card 1.0 (fake_card) is broken\nTraceback" in listed
+    assert "fake_card.py" in listed
+    assert listed.endswith("ImportError: libcard.so: cannot open shared object file\n")
+
+
+def test_two_backends_of_one_name_are_refused(
+    refused: Callable[..., str], install: Install
+) -> None:
+    install("card", WORKING.format(device="meta"), package="first-card")
+    install("card", WORKING.format(device="meta"), package="second-card")
+    said = refused("--backend", "card")
+    assert "named 'card': first-card 1.0 (first_card) and second-card 1.0 (second_card)" in said
+
+
+@pytest.mark.parametrize(
+    ("environment_of", "reason"),
+    [
+        (LAUNCHER, "processes on 'cpu' are joined by 'sccl', which this PyTorch"),
+        (("WORLD_SIZE",), "WORLD_SIZE is 2, but RANK and LOCAL_RANK .* is not set"),
+    ],
+)
+def test_processes_that_cannot_be_joined_are_refused(
+    refused: Callable[..., str],
+    install: Install,
+    environment: dict[str, str],
+    environment_of: tuple[str, ...],
+    reason: str,
+) -> None:
+    install("card", WORKING.format(device="cpu").replace("gloo", "sccl"))
+    launched = dict(zip(LAUNCHER, ("0", "2", "0", "127.0.0.1", "29999"), strict=True))
+    environment.update({name: launched[name] for name in environment_of})
+    assert re.search(reason, refused("--backend", "card"))
 
 
 # ---------------------------------------------------------------- what cppo itself may know

@@ -26,6 +26,7 @@ from cppo.config import (
     TrainConfig,
 )
 from cppo.methods import METHODS
+from cppo.processes import Processes
 from cppo.trainer import Diverged, Trainer, learning_rate
 
 pytestmark = pytest.mark.device
@@ -204,7 +205,8 @@ def test_a_signal_ends_a_run_with_a_checkpoint_to_resume_from(
     folder = tmp_path / "run"
     command = [
         *(sys.executable, "-m", "cppo.cli", "train", "--model", str(tiny_folder)),
-        *("--steps", "500", "--output", str(folder), "--reward", REWARD, "--backend", "cpu"),
+        *("--steps", "500", "--output", str(folder), "--reward", REWARD),
+        *("--backend", os.environ[BACKEND]),
         *("--rollout.prompts", "2", "--rollout.responses", "2", "--rollout.max_new_tokens", "6"),
         *("--evaluation.items", "2", "--evaluation.k", "1", "--evaluation.every", "0"),
     ]
@@ -230,13 +232,68 @@ def test_a_signal_ends_a_run_with_a_checkpoint_to_resume_from(
     assert len(lines(metrics)) == done + 1
 
 
+def test_a_deterministic_run_uses_deterministic_algorithms_alone(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    try:
+        summary = run(config(tiny_folder, steps=1, deterministic=True), tmp_path)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert summary["finished"]
+
+
+def test_the_time_out_between_processes_is_the_one_that_is_given(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = []
+
+    class Watched(Processes):
+        def __init__(self, *given: Any, timeout_seconds: float, **others: Any) -> None:
+            waits.append(timeout_seconds)
+            super().__init__(*given, timeout_seconds=timeout_seconds, **others)
+
+    monkeypatch.setattr("cppo.trainer.Processes", Watched)
+    Trainer(config(tiny_folder, timeout_minutes=1.5), tmp_path).close()
+    assert waits == [90.0]
+
+
+def reward_beyond_one(response: str, answer: str, question: str) -> float:
+    """All of it clips to the same accuracy."""
+    return 1.0 + len(response)
+
+
+@pytest.mark.parametrize(("method", "teaches"), [("grpo", True), ("dapo", False)])
+def test_a_step_that_teaches_nothing_says_why(
+    method: str,
+    teaches: bool,
+    tiny_folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    reward = "test_trainer:reward_beyond_one"
+    summary = run(config(tiny_folder, steps=1, method=method, reward=reward), tmp_path)
+    assert summary["finished"]
+    warned = "step 1 teaches nothing: in each group, all responses have the same accuracy"
+    assert (warned not in caplog.text) == teaches
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_cannot_be_resumed(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="no whole checkpoint to resume from: start anew, with"):
+        Trainer(config(tiny_folder), tmp_path, resume=True)
+
+
 def test_two_processes_share_a_run_and_resume_it(tiny_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     train = [*launch, "-m", "cppo.cli", "train"]
     command = [
         *(*train, "--model", str(tiny_folder), "--steps", "2", "--output", str(folder)),
-        *("--reward", REWARD, "--backend", "cpu", "--optimizer.micro_batch_responses", "2"),
+        *("--reward", REWARD, "--optimizer.micro_batch_responses", "2"),
+        *("--backend", os.environ[BACKEND]),
         *("--rollout.prompts", "4", "--rollout.responses", "2", "--rollout.max_new_tokens", "6"),
         *("--evaluation.items", "3", "--evaluation.k", "1", "--evaluation.every", "0"),
     ]

@@ -1,0 +1,95 @@
+"""Attention as transformers dispatches it, and the trial that decides what a backend offers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from cppo import attention
+
+Attend = Callable[..., Tensor]
+
+
+def exact(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
+    """One row, one head, one position after the other, in float64: (B, L, H, D)."""
+    rows, heads, length, size = query.shape
+    query, key, value = query.double(), key.double(), value.double()
+    result = torch.zeros(rows, length, heads, size, dtype=torch.float64)
+    for row in range(rows):
+        for head in range(heads):
+            source = head * key.shape[1] // heads
+            for position in range(int(lengths[row])):
+                seen = slice(0, position + 1)
+                scores = key[row, source, seen] @ query[row, head, position] / size**0.5
+                result[row, position, head] = scores.softmax(0) @ value[row, source, seen]
+    return result
+
+
+@pytest.mark.parametrize("lengths", [None, (7, 4)])
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_attention_is_what_it_is_defined_to_be(name: str, lengths: tuple[int, ...] | None) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 7, 8) for heads in (4, 2, 2))
+    given = None if lengths is None else torch.tensor(lengths)
+    attended = attention.attend(name, query, key, value, lengths=given)
+    held = torch.tensor(lengths or (7, 7))
+    valid = torch.arange(7) < held[:, None]
+    truth = exact(query, key, value, held)
+    torch.testing.assert_close(attended[valid].double(), truth[valid], atol=1e-6, rtol=1e-5)
+
+
+def test_an_attention_that_nobody_knows_is_refused_with_what_is_known() -> None:
+    query = torch.randn(1, 2, 4, 8)
+    with pytest.raises(ValueError, match="'flex' is not known: give eager, sdpa or flash"):
+        attention.attend("flex", query, query, query)
+
+
+def test_a_trial_says_why_an_attention_does_not_work() -> None:
+    assert attention.trial("sdpa", "cpu", torch.float32) == ""
+    assert "16-bit numbers only" in attention.trial("flash_attention_2", "cpu", torch.float32)
+    assert "Error" in attention.trial("flash_attention_2", "cpu", torch.bfloat16)
+
+
+def test_a_trial_sees_gradients_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return (query.sum() + key.sum() + value.sum()) * torch.inf
+
+    monkeypatch.setattr(attention, "attend", broken)
+    assert attention.trial("sdpa", "cpu", torch.float32) == "its gradients are not finite"
+
+
+def test_an_attention_that_imports_but_fails_its_trial_is_left_out_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole: Attend = attention.attend
+
+    def attend(name: str, *tensors: Tensor) -> Tensor:
+        if name == "flash_attention_3":
+            raise RuntimeError("no kernel image is available for execution on the device")
+        return whole("sdpa", *tensors)
+
+    monkeypatch.setattr(attention, "attend", attend)
+    candidates = ("flash_attention_3", "flash_attention_2", "sdpa", "eager")
+    working = attention.usable(candidates, "cpu", torch.bfloat16)
+    assert working == ("flash_attention_2", "sdpa", "eager")
+    [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "attention flash_attention_3 fails a trial on cpu" in record.getMessage()
+    assert "no kernel image is available" in record.getMessage()
+
+
+def test_pytorchs_own_attention_is_all_there_is_without_transformers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention, "find_spec", lambda name: None)
+    candidates = ("flash_attention_2", "sdpa", "eager")
+    assert attention.usable(candidates, "cpu", torch.bfloat16) == ("sdpa", "eager")
+    assert attention.installed_flash_attention() == ()
+
+
+def test_installed_flash_attention_comes_best_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "find_spec", lambda name: object())
+    assert attention.installed_flash_attention() == ("flash_attention_3", "flash_attention_2")

@@ -1,0 +1,146 @@
+"""The doctor on the CPU: it passes what is right, and finds what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cppo import cli
+from cppo.doctor.worker import SECTIONS
+
+ENVIRONMENT = {"cppo", "python", "system", "processor", "device", "torch", "PyTorch is built for"}
+
+# A backend that is the CPU's but for what is put into LIES.
+LIAR = """
+import os, signal
+from dataclasses import replace
+import cppo_cpu
+from cppo.statistics import chunked_token_statistics
+
+def probe():
+    backend = cppo_cpu.probe()
+    {lies}
+"""
+WRONG = """
+    def token_statistics(hidden, weight, targets, **options):
+        logprobs, entropy = chunked_token_statistics(hidden, weight, targets, **options)
+        return logprobs, entropy + 0.01
+
+    memory = replace(backend.memory, peak_bytes=lambda: 10**9)
+    return replace(backend, token_statistics=token_statistics, memory=memory)
+"""
+DEADLY = """
+    def token_statistics(*given, **options):
+        print("segfault, more or less", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return replace(backend, token_statistics=token_statistics)
+"""
+
+
+def doctor(
+    *arguments: str, path: Path | None = None
+) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    """`cppo doctor`, and its report."""
+    folder = Path(arguments[arguments.index("--json") + 1]).parent
+    environment = {**os.environ, "COLUMNS": "200"}
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    ended = subprocess.run(
+        [sys.executable, "-m", "cppo.cli", "doctor", *arguments],
+        env=environment,
+        timeout=300,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    [report] = folder.glob("*.json")
+    return ended, json.loads(report.read_text())
+
+
+def install(folder: Path, name: str, lies: str) -> Path:
+    """A package with a backend that lies, to put on the import path."""
+    (folder / f"{name}.py").write_text(LIAR.format(lies=lies.strip()))
+    metadata = folder / f"{name}-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Name: {name}\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(f"[cppo.backends]\n{name} = {name}\n")
+    return folder
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_cpu_is_in_good_health(tmp_path: Path, processes: int) -> None:
+    ended, report = doctor(
+        *("--backend", "cpu", "--processes", str(processes)),
+        *("--json", str(tmp_path / "new" / "report.json")),
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert report["passed"]
+    assert report["processes"] == processes
+    assert set(report["environment"]) >= ENVIRONMENT
+    found = report["findings"]
+    assert set(found) == set(SECTIONS)
+    verdicts = {finding["verdict"] for findings in found.values() for finding in findings}
+    assert "failed" not in verdicts
+    for section, findings in found.items():
+        passed = [finding for finding in findings if finding["verdict"] == "passed"]
+        alone = processes == 1 and section in ("collectives", "time-out")
+        assert bool(passed) == (not alone and section != "throughput"), section
+        assert section in ended.stdout
+    assert "0 failed" in ended.stdout
+
+
+def test_what_is_wrong_with_a_backend_is_found_and_named(tmp_path: Path) -> None:
+    path = install(tmp_path, "liar", WRONG)
+    (tmp_path / "out").mkdir()
+    ended, report = doctor(
+        "--backend", "liar", "--json", str(tmp_path / "out" / "report.json"), path=path
+    )
+    assert ended.returncode == 1
+    assert not report["passed"]
+    failed = {
+        section
+        for section, findings in report["findings"].items()
+        if any(finding["verdict"] == "failed" for finding in findings)
+    }
+    # An entropy that is too high everywhere masks the same tokens, so the step is the same.
+    assert failed == {"token statistics", "memory"}
+    assert "liar: " in ended.stdout
+
+
+def test_a_process_that_dies_is_reported_with_its_last_words(tmp_path: Path) -> None:
+    path = install(tmp_path, "deadly", DEADLY)
+    (tmp_path / "out").mkdir()
+    ended, report = doctor(
+        "--backend", "deadly", "--json", str(tmp_path / "out" / "report.json"), path=path
+    )
+    assert ended.returncode == 1
+    assert [f["verdict"] for f in report["findings"]["attention"]].count("failed") == 0
+    [death] = report["findings"]["token statistics"]
+    assert death["name"] == "the process died"
+    assert "SIGKILL" in death["detail"]
+    assert "segfault, more or less" in death["detail"]
+
+
+def test_the_doctor_is_not_started_by_a_launcher(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["doctor", "--backend", "cpu"]) == 2
+    assert "run it without torchrun, and give --processes" in capsys.readouterr().err
+
+
+def test_a_backend_that_cannot_run_is_no_patient(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--backend", "npu"]) == 2
+    assert "backend 'npu' cannot run here: torch-npu is not installed" in capsys.readouterr().err
+
+
+def test_no_processes_are_too_few(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--processes", "0"]) == 2
+    assert "processes" in capsys.readouterr().err
