@@ -11,7 +11,7 @@ import os
 import torch
 
 from cppo.attention import installed_flash_attention, usable
-from cppo.device import Backend, Unavailable, accelerator_memory, first_line
+from cppo.device import Backend, Unavailable, accelerator_memory, claim_device, first_line
 
 
 def probe() -> Backend:
@@ -19,6 +19,7 @@ def probe() -> Backend:
     _check_build()
     _prepare_process()
     _check_device()
+    claim_device("cuda")  # cards of one machine may differ
     # From compute capability 8.0 on; below, bfloat16 is emulated and flash attention does not run.
     real_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     sixteen_bits = torch.bfloat16 if real_bfloat16 else torch.float16

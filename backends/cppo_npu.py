@@ -1,9 +1,9 @@
 """Huawei Ascend NPUs through torch-npu, which registers device type "npu" with PyTorch.
 
 `release()` returns the caching allocator's unused memory to the driver; with expandable segments
-(Ascend HDK 23.0 or later) it unmaps pages without moving anything. PyTorch imports torch-npu by
-itself, so where CANN is not set up `import torch` may fail before anything here is asked
-(TORCH_DEVICE_BACKEND_AUTOLOAD=0 prevents that).
+(Ascend HDK 23.0 or later) it unmaps pages without moving anything. The
+`cppo` command keeps PyTorch from importing torch-npu by itself: where CANN is not set up, that
+import fails, and here a reason can be given.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import os
 import torch
 
 from cppo.attention import installed_flash_attention, usable
-from cppo.device import Backend, Unavailable, accelerator_memory, first_line
+from cppo.device import Backend, Unavailable, accelerator_memory, claim_device, first_line
 
 # Architectures whose matrix units take bfloat16: CDNA, RDNA 3 and later. PyTorch itself says yes
 # on every GPU.
@@ -24,7 +24,8 @@ def probe() -> Backend:
     if torch.are_deterministic_algorithms_enabled():
         os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # read by transformers
     _check_device()
-    real_bfloat16 = torch.cuda.get_device_properties(0).gcnArchName.startswith(REAL_BFLOAT16)
+    device = claim_device("cuda")  # cards of one machine may differ
+    real_bfloat16 = torch.cuda.get_device_properties(device).gcnArchName.startswith(REAL_BFLOAT16)
     sixteen_bits = torch.bfloat16 if real_bfloat16 else torch.float16
     return Backend(
         device="cuda",

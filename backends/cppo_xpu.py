@@ -11,7 +11,14 @@ from dataclasses import replace
 import torch
 
 from cppo.attention import usable
-from cppo.device import Backend, Memory, Unavailable, accelerator_memory, first_line
+from cppo.device import (
+    Backend,
+    Memory,
+    Unavailable,
+    accelerator_memory,
+    claim_device,
+    first_line,
+)
 
 
 def probe() -> Backend:
@@ -30,16 +37,20 @@ def probe() -> Backend:
             "driver is installed (clinfo lists it), that this user may open /dev/dri (group "
             f"render), and ZE_AFFINITY_MASK ({visible})"
         ) from error
+    device = claim_device("xpu")  # cards of one machine may differ
     real_bfloat16 = torch.xpu.is_bf16_supported(including_emulation=False)
     sixteen_bits = torch.bfloat16 if real_bfloat16 else torch.float16
+    # Scaling a loss takes float64, in PyTorch's own code, which client GPUs may lack.
+    scales_losses = torch.xpu.get_device_properties(device).has_fp64
+    offered = {
+        torch.bfloat16: real_bfloat16,
+        torch.float32: True,
+        torch.float16: scales_losses,
+    }
     return Backend(
         device="xpu",
         attention=usable(("sdpa", "eager"), "xpu", sixteen_bits),
-        precision=(
-            (torch.bfloat16, torch.float32, torch.float16)
-            if real_bfloat16
-            else (torch.float32, torch.float16)
-        ),
+        precision=tuple(dtype for dtype, works in offered.items() if works),
         collectives="xccl",
         memory=_memory(),
     )

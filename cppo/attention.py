@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cppo.device import claim_device
+from cppo.device import Unavailable, claim_device, first_line
 
+KNOWN = ("flash_attention_3", "flash_attention_2", "sdpa", "eager")
 # Packages that bring flash attention, best first: import name by transformers' name for it.
 FLASH_PACKAGES = {"flash_attention_3": "flash_attn_interface", "flash_attention_2": "flash_attn"}
 
@@ -46,9 +47,7 @@ def attend(
         elif name == "eager":
             forward = _eager
         else:
-            raise ValueError(
-                f"attention {name!r} is not known: give eager, sdpa or flash_attention_2"
-            )
+            raise ValueError(f"attention {name!r} is not known: give one of {', '.join(KNOWN)}")
     layer: Any = nn.Module()
     layer.config = SimpleNamespace(_attn_implementation=name)
     layer.is_causal, layer.num_key_value_groups = True, query.shape[1] // key.shape[1]
@@ -57,42 +56,48 @@ def attend(
 
 
 def trial(name: str, device: str, dtype: torch.dtype) -> str:
-    """Attends on a few tokens, forward and backward. Why that fails here; empty where it works."""
+    """Attends on a few tokens, forward and backward, on full rows and on padded ones, which some
+    libraries have kernels of their own for. Why that fails here; empty where it works."""
     if "flash" in name and dtype.itemsize != 2:
         return f"it takes 16-bit numbers only, not {dtype}"
     try:
-        query, key, value = (
-            torch.randn(2, heads, 16, 64, device=device, dtype=dtype, requires_grad=True)
-            for heads in (4, 2, 2)
-        )
-        attended = attend(name, query, key, value)
-        attended.float().sum().backward()  # type: ignore[no-untyped-call]
-        gradients = (query.grad, key.grad, value.grad)
-        if not all(tensor is not None and tensor.isfinite().all() for tensor in gradients):
-            return "its gradients are not finite"
+        for lengths in (None, torch.tensor([16, 9], device=device)):
+            query, key, value = (
+                torch.randn(2, heads, 16, 64, device=device, dtype=dtype, requires_grad=True)
+                for heads in (4, 2, 2)
+            )
+            attended = attend(name, query, key, value, lengths=lengths)
+            attended[:, :9].float().sum().backward()  # type: ignore[no-untyped-call]
+            gradients = (query.grad, key.grad, value.grad)
+            if not all(tensor is not None and tensor.isfinite().all() for tensor in gradients):
+                return "its gradients are not finite"
     except Exception as error:  # noqa: BLE001 - a foreign kernel may fail in any way
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {first_line(error)}"
     return ""
 
 
 def usable(candidates: tuple[str, ...], device: str, dtype: torch.dtype) -> tuple[str, ...]:
     """The candidates that a trial on this process's device shows to work, in their order; why
-    others do not is logged.
+    others do not is logged. Unavailable where none works.
 
     Without transformers, which everything but PyTorch's own goes through, that is taken on trust.
     """
     if find_spec("transformers") is None:
         return tuple(name for name in candidates if name in ("sdpa", "eager"))
     claim_device(device)
-    working = []
-    for name in candidates:
-        if reason := trial(name, device, dtype):
+    failures = {name: trial(name, device, dtype) for name in candidates}
+    working = tuple(name for name, reason in failures.items() if not reason)
+    if not working:
+        raise Unavailable(
+            f"no attention works on {device} ({candidates[-1]}: {failures[candidates[-1]]}): check "
+            f"that the device is free, and that PyTorch {torch.__version__} is built for it"
+        )
+    for name, reason in failures.items():
+        if reason:
             log.warning(
                 "attention %s fails a trial on %s, and is not used: %s", name, device, reason
             )
-        else:
-            working.append(name)
-    return tuple(working)
+    return working
 
 
 def installed_flash_attention() -> tuple[str, ...]:

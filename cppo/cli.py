@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import itertools
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -166,9 +167,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if given[0] not in COMMANDS:
         return _complain(f"there is no command {given[0]!r}{_nearest(given[0], list(COMMANDS))}")
+    # PyTorch would import vendors' packages by itself, and not start where one of them fails;
+    # each backend imports its own, and says what is wrong with it.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    from cppo.device import Unavailable
+
     try:
         return COMMANDS[given[0]](given[1:])
-    except ValueError as error:
+    except (ValueError, Unavailable) as error:
         return _complain(str(error))
 
 

@@ -111,7 +111,7 @@ def roc_auc(scores: Tensor, labels: Tensor) -> float:
     _check_shapes(scores=scores, labels=labels)
     if scores.isnan().any():
         raise ValueError("scores hold NaN and cannot be ranked: select the response tokens first")
-    labels = labels.bool().flatten()
+    scores, labels = scores.cpu(), labels.cpu().bool().flatten()  # in float64 below
     _, level, level_sizes = torch.unique(scores.flatten(), return_inverse=True, return_counts=True)
     mean_rank = level_sizes.cumsum(0) - (level_sizes - 1).double() / 2
     positives = int(labels.sum())
@@ -134,7 +134,7 @@ def precision_at_k(scores: Tensor, labels: Tensor, k: int) -> float:
         raise ValueError("scores hold NaN and cannot be ranked: select the response tokens first")
     if not 1 <= k <= scores.numel():
         raise ValueError(f"k={k} is outside 1 .. {scores.numel()}, the number of tokens")
-    scores, hits = scores.flatten(), labels.bool().flatten().double()
+    scores, hits = scores.cpu().flatten(), labels.cpu().bool().flatten().double()
     kth_score = scores.topk(k).values[-1]
     above, tied = scores > kth_score, scores == kth_score
     open_places = k - int(above.sum())
@@ -147,4 +147,4 @@ def precision(mask: Tensor, labels: Tensor) -> float:
     `mask` and `labels` have one shape, any. Raises ValueError where the shapes differ.
     """
     _check_shapes(mask=mask, labels=labels)
-    return float(labels.bool()[mask.bool()].double().mean())
+    return float(labels.bool()[mask.bool()].float().mean())

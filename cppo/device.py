@@ -104,12 +104,13 @@ def survey() -> list[Candidate]:
     two that share a name are both listed as unusable, each naming the other."""
     entries = installed()
     clashes = _clashes(entries)
-    return [
+    clashing = [
         Candidate(name=entry.name, origin=_origin(entry), error=Unavailable(clashes[entry.name]))
-        if entry.name in clashes
-        else _probe(entry)
         for entry in entries
+        if entry.name in clashes
     ]
+    probed = _probe_all(entry for entry in entries if entry.name not in clashes)
+    return sorted([*clashing, *probed], key=lambda candidate: candidate.name)
 
 
 def choose(name: str) -> Backend:
@@ -133,7 +134,7 @@ def resolve(name: str) -> Candidate:
             raise ValueError(_unknown(name))
     for clash in _clashes(entries).values():
         raise ValueError(clash)
-    candidates = [_probe(entry) for entry in entries]
+    candidates = _probe_all(entries)
     if name == "auto":
         chosen, why = _pick(candidates)
     else:
@@ -204,7 +205,11 @@ def claim_device(device: str) -> torch.device:
         return torch.device("cpu")
     index = int(os.environ.get("LOCAL_RANK", "0"))
     current, count = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
-    if current is None or current.type != device:
+    if current is None:
+        raise Unavailable(
+            f"PyTorch {torch.__version__} sees no accelerator, so no '{device}' either"
+        )
+    if current.type != device:
         raise Unavailable(
             f"PyTorch takes '{current}' for this process's accelerator, not '{device}': uninstall "
             "the package that registers the other one, or use the backend for it"
@@ -225,8 +230,10 @@ def first_line(error: Exception) -> str:
 
 def _why_not(backend: Backend, name: str, precision: torch.dtype | None) -> str:
     """What goes wrong with an attention that is not offered, where a trial of it tells."""
-    from cppo.attention import trial
+    from cppo.attention import KNOWN, trial
 
+    if name not in KNOWN:
+        return ""
     reason = trial(name, backend.device, precision or backend.precision[0])
     return f" ({name}: {reason})" if reason else ""
 
@@ -252,6 +259,13 @@ def accelerator_memory(device: str) -> Memory:
         release=accelerator.empty_cache,
         headroom_bytes=headroom_bytes,
     )
+
+
+def _probe_all(entries: Iterable[EntryPoint]) -> list[Candidate]:
+    """By name. The cpu backend is probed last: once autograd has run, PyTorch counts devices no
+    more, and one that registers itself later could not compute a gradient."""
+    in_order = sorted(entries, key=lambda entry: entry.name == "cpu")
+    return sorted(map(_probe, in_order), key=lambda candidate: candidate.name)
 
 
 def _probe(entry: EntryPoint) -> Candidate:

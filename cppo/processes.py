@@ -28,8 +28,8 @@ class Processes:
 
     Joins them where several were launched and it is not to stay `alone`; scales the loss where
     float16 is computed in.
-    Raises ValueError where the environment is no launcher's, and where PyTorch does not know the
-    backend's collectives.
+    Raises ValueError where the environment is no launcher's, where PyTorch does not know the
+    backend's collectives, and where processes are on devices of several types.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Processes:
         self._joined = self.world > 1 and not dist.is_initialized()
         if self._joined:
             _join(backend, timedelta(seconds=timeout_seconds))
+            self._agree_on_devices()
 
     @property
     def main(self) -> bool:
@@ -55,6 +56,15 @@ class Processes:
     def close(self) -> None:
         if self._joined:
             dist.destroy_process_group()
+
+    def _agree_on_devices(self) -> None:
+        kinds = self.gather([self.device.type])
+        if len(set(kinds)) > 1:
+            found = ", ".join(f"{kind} in process {rank}" for rank, kind in enumerate(kinds))
+            raise ValueError(
+                f"processes are on different devices ({found}): start no more on a machine than it "
+                "has devices, and name the backend instead of --backend auto"
+            )
 
     # --- what processes tell each other ----------------------------------------------------------
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from cppo import attention
+from cppo.device import Unavailable
 
 Attend = Callable[..., Tensor]
 
@@ -44,19 +46,21 @@ def test_attention_is_what_it_is_defined_to_be(name: str, lengths: tuple[int, ..
 
 def test_an_attention_that_nobody_knows_is_refused_with_what_is_known() -> None:
     query = torch.randn(1, 2, 4, 8)
-    with pytest.raises(ValueError, match="'flex' is not known: give eager, sdpa or flash"):
+    with pytest.raises(ValueError, match="'flex' is not known: give one of flash_attention_3"):
         attention.attend("flex", query, query, query)
 
 
 def test_a_trial_says_why_an_attention_does_not_work() -> None:
     assert attention.trial("sdpa", "cpu", torch.float32) == ""
     assert "16-bit numbers only" in attention.trial("flash_attention_2", "cpu", torch.float32)
-    assert "Error" in attention.trial("flash_attention_2", "cpu", torch.bfloat16)
+    reason = attention.trial("flash_attention_2", "cpu", torch.bfloat16)
+    assert "Error" in reason
+    assert "\n" not in reason
 
 
 def test_a_trial_sees_gradients_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(name: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return (query.sum() + key.sum() + value.sum()) * torch.inf
+    def broken(name: str, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        return (query + key.mean() + value.mean()) * torch.inf
 
     monkeypatch.setattr(attention, "attend", broken)
     assert attention.trial("sdpa", "cpu", torch.float32) == "its gradients are not finite"
@@ -67,10 +71,10 @@ def test_an_attention_that_imports_but_fails_its_trial_is_left_out_with_its_reas
 ) -> None:
     whole: Attend = attention.attend
 
-    def attend(name: str, *tensors: Tensor) -> Tensor:
-        if name == "flash_attention_3":
-            raise RuntimeError("no kernel image is available for execution on the device")
-        return whole("sdpa", *tensors)
+    def attend(name: str, *tensors: Tensor, lengths: Tensor | None) -> Tensor:
+        if name == "flash_attention_3" and lengths is not None:  # a kernel of its own
+            raise RuntimeError("no kernel image is available\nand a stack that nobody reads")
+        return whole("sdpa", *tensors, lengths=lengths)
 
     monkeypatch.setattr(attention, "attend", attend)
     candidates = ("flash_attention_3", "flash_attention_2", "sdpa", "eager")
@@ -79,6 +83,16 @@ def test_an_attention_that_imports_but_fails_its_trial_is_left_out_with_its_reas
     [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert "attention flash_attention_3 fails a trial on cpu" in record.getMessage()
     assert "no kernel image is available" in record.getMessage()
+    assert "nobody reads" not in record.getMessage()
+
+
+def test_hardware_where_no_attention_works_is_not_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attend(*given: Any, **options: Any) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(attention, "attend", attend)
+    with pytest.raises(Unavailable, match=r"no attention works on cpu \(eager: .*out of memory"):
+        attention.usable(("sdpa", "eager"), "cpu", torch.float32)
 
 
 def test_pytorchs_own_attention_is_all_there_is_without_transformers(

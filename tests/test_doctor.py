@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from cppo import cli
+from cppo.doctor.command import End, worst
 from cppo.doctor.worker import SECTIONS
 
 ENVIRONMENT = {"cppo", "python", "system", "processor", "device", "torch", "PyTorch is built for"}
@@ -32,7 +33,7 @@ WRONG = """
         logprobs, entropy = chunked_token_statistics(hidden, weight, targets, **options)
         return logprobs, entropy + 0.01
 
-    memory = replace(backend.memory, peak_bytes=lambda: 10**9)
+    memory = replace(backend.memory, release=lambda: None)
     return replace(backend, token_statistics=token_statistics, memory=memory)
 """
 DEADLY = """
@@ -136,9 +137,45 @@ def test_the_doctor_is_not_started_by_a_launcher(
     assert "run it without torchrun, and give --processes" in capsys.readouterr().err
 
 
-def test_a_backend_that_cannot_run_is_no_patient(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["doctor", "--backend", "npu"]) == 2
-    assert "backend 'npu' cannot run here: torch-npu is not installed" in capsys.readouterr().err
+def test_a_backend_that_cannot_run_is_no_patient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = """
+    from cppo.device import Unavailable
+    raise Unavailable("no card is plugged in: check the slot")
+    """
+    monkeypatch.syspath_prepend(install(tmp_path, "absent", absent))
+    assert cli.main(["doctor", "--backend", "absent"]) == 2
+    said = capsys.readouterr().err
+    assert said == "cppo: backend 'absent' cannot run here: no card is plugged in: check the slot\n"
+
+
+def test_a_report_that_cannot_be_written_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["doctor", "--backend", "cpu", "--json", str(tmp_path)]) == 2
+    assert f"json: '{tmp_path}' cannot be written" in capsys.readouterr().err
+
+
+IN_TIMEOUT = [{"section": "time-out", "began": 0.0}]
+
+
+@pytest.mark.parametrize(
+    ("waited", "gave_up", "verdict", "measured"),
+    [
+        (12.0, True, "passed", 12.0),  # by a library that ends the process where it cannot raise
+        (1.0, True, "failed", None),  # before anything can have been missed
+        (12.0, False, "failed", None),  # by a crash, or because it hung
+    ],
+)
+def test_a_process_that_ends_while_another_is_missing_gave_it_up_or_died(
+    waited: float, gave_up: bool, verdict: str, measured: float | None
+) -> None:
+    end = End(records=IN_TIMEOUT, how="it ended", waited=waited, gave_up=gave_up)
+    missing = End(records=IN_TIMEOUT, how="it was ended", waited=60.0, gave_up=False)
+    [finding] = worst([end, missing])["time-out"]
+    assert (finding.verdict, finding.measured) == (verdict, measured)
+    assert "it ended" in finding.detail
 
 
 def test_no_processes_are_too_few(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,23 @@ from cppo.processes import LAUNCHER, Processes
 pytestmark = pytest.mark.device
 
 # Each of two processes: what it is told, by whom first, and the gradient of its half of a batch.
+# A process that finds no device of its own and would go on with the CPU's.
+ASTRAY = """
+import os, torch
+from dataclasses import replace
+import cppo.processes
+from cppo.device import choose
+
+backend = choose("cpu")
+if os.environ["RANK"] == "1":
+    backend = replace(backend, device="meta")
+    cppo.processes.claim_device = torch.device
+try:
+    cppo.processes.Processes(backend, torch.float32)
+except ValueError as error:
+    print("refused:", error, flush=True)
+"""
+
 JOINED = """
 import os, sys, time
 from pathlib import Path
@@ -62,20 +79,32 @@ os._exit(1)
 """
 
 
-def test_two_processes_share_what_they_know_and_miss_each_other(tmp_path: Path) -> None:
-    script = tmp_path / "joined.py"
-    script.write_text(JOINED)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
-        [*launch, str(script), str(tmp_path)],
-        env=environment,
+def launch(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Two processes of a script."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*command, str(script), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         timeout=120,
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def test_two_processes_share_what_they_know_and_miss_each_other(tmp_path: Path) -> None:
+    script = tmp_path / "joined.py"
+    script.write_text(JOINED)
+    ended = launch(script, str(tmp_path))
     assert (tmp_path / "missed").exists(), ended.stderr[-3000:]
+
+
+def test_processes_on_devices_of_several_types_are_refused(tmp_path: Path) -> None:
+    script = tmp_path / "astray.py"
+    script.write_text(ASTRAY)
+    ended = launch(script)
+    said = "refused: processes are on different devices (cpu in process 0, meta in process 1)"
+    assert ended.stdout.count(said) == 2, ended.stdout + ended.stderr
 
 
 def test_one_process_needs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

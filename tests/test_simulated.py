@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import skip_or_fail
 
 SOURCE = Path(__file__).parent / "simulated_accelerator"
 COMPILER = os.environ.get("CXX", "c++")
@@ -26,7 +27,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Runs Python where the package is installed, and nowhere else."""
     if shutil.which(COMPILER) is None:
-        pytest.skip(f"no C++ compiler: '{COMPILER}' is not found (install g++, or set CXX)")
+        skip_or_fail(f"no C++ compiler: '{COMPILER}' is not found (install g++, or set CXX)")
     folder = tmp_path_factory.mktemp("simulated")
     source, site = folder / "source", folder / "site"
     shutil.copytree(SOURCE, source, ignore=shutil.ignore_patterns("build", "*.egg-info"))
@@ -71,8 +72,15 @@ def test_the_doctor_finds_it_in_good_health(run: Run, tmp_path: Path) -> None:
     assert report["passed"]
     assert report["environment"]["device"].startswith("simulated device")
     verdicts = [f["verdict"] for found in report["findings"].values() for f in found]
-    assert verdicts.count("passed") > 80
-    assert "not run" not in verdicts
+    assert verdicts.count("passed") > 60
+    # PyTorch leaves a device that it does not know no choice of kernels, in either precision.
+    not_run = {
+        f["name"]
+        for found in report["findings"].values()
+        for f in found
+        if f["verdict"] == "not run"
+    }
+    assert not_run == {"sdpa's kernels float32", "sdpa's kernels bfloat16"}
 
 
 def test_more_processes_than_devices_are_refused(run: Run) -> None:
@@ -85,7 +93,7 @@ def test_the_objective_and_the_trainer_pass_their_tests_on_it(run: Run) -> None:
     """Resumed runs, runs in two processes, and runs ended by signals among them."""
     files = [
         str(SOURCE.parent / f"test_{name}.py")
-        for name in ("detector", "objective", "processes", "statistics", "trainer")
+        for name in ("detector", "device", "objective", "processes", "statistics", "trainer")
     ]
     ended = run("pytest", "-q", "--backend", "simulated", *files)
     assert ended.returncode == 0

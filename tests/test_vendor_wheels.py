@@ -26,6 +26,7 @@ from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 from urllib.request import Request, urlopen
 
 import pytest
+from conftest import skip_or_fail
 from packaging.version import Version
 
 pytestmark = pytest.mark.network
@@ -48,10 +49,10 @@ def fetch(url: str, **headers: str) -> Any:
         if host not in unreachable:
             return urlopen(Request(url, headers=headers), timeout=20)
     except HTTPError as error:
-        pytest.skip(f"{host} does not give {urlsplit(url).path}: {error}")
+        skip_or_fail(f"{host} does not give {urlsplit(url).path}: {error}")
     except OSError as error:
         unreachable[host] = f"{host} cannot be reached: {error}"
-    return pytest.skip(unreachable[host])
+    return skip_or_fail(unreachable[host])
 
 
 @cache
@@ -76,7 +77,9 @@ def published(project: str, version: str, build: str, index: str, ending: str) -
             if wanted and not release.is_prerelease and re.fullmatch(build, release.local or ""):
                 found[release] = url
     host = urlsplit(base).hostname
-    return found[max(found)] if found else pytest.skip(f"{host} has no {project} {version} {build}")
+    if not found:
+        skip_or_fail(f"{host} has no {project} {version} {build}")
+    return found[max(found)]
 
 
 @cache
@@ -88,7 +91,7 @@ def wheel(project: str, version: str, build: str = "", index: str = "") -> Sourc
     def bring(span: str) -> None:
         with fetch(url, Range=f"bytes={span}") as part:
             if part.status != 206:
-                pytest.skip(f"{urlsplit(url).hostname} ignores range requests")
+                skip_or_fail(f"{urlsplit(url).hostname} ignores range requests")
             sparse.seek(int(re.findall(r"\d+", part.headers["Content-Range"])[0]))
             sparse.write(part.read())
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from cppo.attention import attend
 from cppo.doctor.finding import Examination, Finding, at_most, not_run, relative_error, short
@@ -19,6 +20,8 @@ ROWS, HEADS, KEY_HEADS, HEAD_SIZE = 2, 8, 2, 64
 LENGTHS = (1088, 700)  # of the rows: 1,024 image tokens and a response, and a smaller image
 # Relative errors, by norm. Of what is computed in 16 bits, rounding alone is 2^-9 and 2^-12.
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+# What PyTorch says where none of the kernels that are allowed fits; anything else is a failure.
+NO_KERNEL = ("No available kernel", "No viable backend")
 
 
 def examine(given: Examination) -> Iterator[Finding]:
@@ -34,18 +37,34 @@ def examine(given: Examination) -> Iterator[Finding]:
 
 def _kernels(case: _Case, device: torch.device) -> Iterator[Finding]:
     """PyTorch's own choice among its kernels is `sdpa`; here each of them by itself."""
+    if not _heeds_choice(device, case.dtype):
+        yield not_run(f"sdpa's kernels {short(case.dtype)}", "this device leaves no choice of them")
+        return
     for name, kernel in SDPBackend.__members__.items():
-        if kernel in (SDPBackend.ERROR, SDPBackend.OVERRIDEABLE):
+        if kernel is SDPBackend.ERROR:
             continue
         label = f"sdpa's {name.lower()}"
         try:
             with sdpa_kernel(kernel):
                 yield from case.compare(label, "sdpa", device)
         except RuntimeError as error:
-            if "kernel" not in str(error):
+            if not any(reason in str(error) for reason in NO_KERNEL):
                 raise
             what = f"{label} {short(case.dtype)}"
             yield not_run(what, "not for these shapes, or not on this device")
+
+
+def _heeds_choice(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the device asks which kernels are allowed: with none, it must refuse."""
+    tensor = torch.ones(1, 1, 8, 8, device=device, dtype=dtype)
+    try:
+        with sdpa_kernel(SDPBackend.ERROR):
+            scaled_dot_product_attention(tensor, tensor, tensor)
+    except RuntimeError as error:
+        if not any(reason in str(error) for reason in NO_KERNEL):
+            raise
+        return True
+    return False
 
 
 class _Case:

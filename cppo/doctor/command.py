@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import multiprocessing
 import os
 import signal
 import socket
@@ -13,6 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,13 +25,14 @@ import torch
 from cppo.config import DoctorConfig
 from cppo.console import Console
 from cppo.device import resolve
-from cppo.doctor.collectives import GRACE_SECONDS, TIMEOUT_SECONDS
+from cppo.doctor.collectives import GIVEN_UP, GRACE_SECONDS, TIMEOUT_SECONDS
 from cppo.doctor.finding import Finding, at_most
 from cppo.doctor.worker import SECTIONS
 from cppo.processes import LAUNCHER
 
 DEADLINE_SECONDS = 900.0
 POLL_SECONDS = 0.2
+DIED = "the process died"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,48 +57,90 @@ def run(config: DoctorConfig) -> Report:
         raise ValueError(
             "cppo doctor starts its processes itself: run it without torchrun, and give --processes"
         )
-    chosen = resolve(config.backend)
-    assert chosen.backend is not None
-    devices = _devices(chosen.backend.device)
-    if devices is not None and config.processes > devices:
+    # Elsewhere, so that this process never holds a device that may serve one process only.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as elsewhere:
+        chosen = elsewhere.submit(_choose, config.backend).result()
+    if chosen.devices is not None and config.processes > chosen.devices:
         raise ValueError(
-            f"processes is {config.processes}, but there is one device for each of {devices} "
-            f"only: give --processes {devices} or less"
+            f"processes is {config.processes}, but there is one device for each of "
+            f"{chosen.devices} only: give --processes {chosen.devices} or less"
         )
     if config.json is not None:
-        Path(config.json).parent.mkdir(parents=True, exist_ok=True)
+        _prepare(Path(config.json))
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
         ward = _Ward(chosen.name, config.processes, Path(folder))
         with console.progress("doctor", len(SECTIONS)) as show:
             for done, title in ward.watch():
                 show(done, title)
-        records = [patient.records() for patient in ward.patients]
         ends = [patient.end() for patient in ward.patients]
     report = Report(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         backend=chosen.name,
         origin=chosen.origin,
         processes=config.processes,
-        environment=next((r["environment"] for r in records[0] if "environment" in r), {}),
-        findings=_worst(records, ends),
+        environment=next((r["environment"] for r in ends[0].records if "environment" in r), {}),
+        findings=worst(ends),
         passed=False,
     )
     report = dataclasses.replace(report, passed=report.count("failed") == 0)
     _print(report, console)
     if config.json is not None:
-        text = json.dumps(dataclasses.asdict(report), indent=1, ensure_ascii=False) + "\n"
+        record = dataclasses.asdict(report)
+        for finding in (each for found in record["findings"].values() for each in found):
+            if finding["measured"] is not None and not math.isfinite(finding["measured"]):
+                finding["measured"] = None  # which JSON has no number for
+        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
         Path(config.json).write_text(text, encoding="utf-8")
         console.say(f"report: {config.json}")
     return report
 
 
-def _devices(device: str) -> int | None:
-    """How many processes the devices here suffice for; any number on the CPU."""
-    return None if device == "cpu" else torch.accelerator.device_count()
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Choice:
+    """What is examined. `devices`: how many processes they suffice for; any number if None."""
+
+    name: str
+    origin: str
+    devices: int | None
+
+
+def _choose(backend: str) -> _Choice:
+    found = resolve(backend)
+    assert found.backend is not None
+    devices = None if found.backend.device == "cpu" else torch.accelerator.device_count()
+    return _Choice(name=found.name, origin=found.origin, devices=devices)
+
+
+def _prepare(file: Path) -> None:
+    """Finds out whether the report can be written before it takes minutes to make."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.open("a").close()
+    except OSError as error:
+        raise ValueError(f"json: {str(file)!r} cannot be written: {error}") from error
 
 
 # --- the processes -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class End:
+    """What is left of a process: what it wrote, and how it ended in the middle (empty: it did not).
+
+    `waited`: seconds in its last section. `gave_up`: it ended itself, as libraries do that cannot
+    raise from a collective; it did not crash, nor was it ended.
+    """
+
+    records: list[dict[str, Any]]
+    how: str
+    waited: float
+    gave_up: bool
+
+    @property
+    def section(self) -> str:
+        titles = [record["section"] for record in self.records if "section" in record]
+        return titles[-1] if titles else "starting"
 
 
 class _Patient:
@@ -112,6 +158,13 @@ class _Patient:
                 stderr=subprocess.STDOUT,
             )
         self.overdue = False
+        self.ended: float | None = None  # when that was noticed
+
+    def ends(self) -> bool:
+        """Whether it has ended."""
+        if self.ended is None and self.process.poll() is not None:
+            self.ended = time.time()
+        return self.ended is not None
 
     def records(self) -> list[dict[str, Any]]:
         """What it has written so far, whole lines only."""
@@ -125,16 +178,23 @@ class _Patient:
         titles = [record["section"] for record in self.records() if "section" in record]
         return titles[-1] if titles else "starting"
 
-    def end(self) -> str:
-        """How it ended in the middle; empty where it got through."""
-        if not self.section():
-            return ""
-        if self.overdue:
-            return f"did not end within {DEADLINE_SECONDS:.0f} s"
+    def waited(self) -> float:
+        """Seconds from the beginning of its last section to its end."""
+        began = [record["began"] for record in self.records() if "began" in record]
+        return self.ended - began[-1] if began and self.ended is not None else math.inf
+
+    def end(self) -> End:
+        """How it ended, once it has."""
         status = self.process.wait()
-        how = f"status {status}" if status >= 0 else signal.Signals(-status).name
-        log = self._log.read_text(encoding="utf-8", errors="replace").strip().split("\n")
-        return f"the process ended ({how}). Its last words:\n" + "\n".join(log[-15:])
+        how = ""
+        if self.overdue:
+            how = f"did not end within {DEADLINE_SECONDS:.0f} s"
+        elif self.section():
+            name = f"status {status}" if status >= 0 else signal.Signals(-status).name
+            log = self._log.read_text(encoding="utf-8", errors="replace").strip().split("\n")
+            how = f"the process ended ({name}). Its last words:\n" + "\n".join(log[-15:])
+        gave_up = not self.overdue and (status > 0 or -status == signal.SIGABRT)
+        return End(records=self.records(), how=how, waited=self.waited(), gave_up=gave_up)
 
 
 class _Ward:
@@ -152,12 +212,12 @@ class _Ward:
         titles = list(SECTIONS)
         started = time.monotonic()
         try:
-            while any(patient.process.poll() is None for patient in self._awaited()):
+            while not self._over():
                 section = self.patients[0].section()
                 yield (titles.index(section) if section in titles else 0), section
                 if time.monotonic() - started > DEADLINE_SECONDS:
                     for patient in self._awaited():
-                        patient.overdue = patient.process.poll() is None
+                        patient.overdue = not patient.ends()
                     break
                 time.sleep(POLL_SECONDS)
             yield len(titles), ""
@@ -165,6 +225,11 @@ class _Ward:
             for patient in self.patients:
                 patient.process.kill()
                 patient.process.wait()
+
+    def _over(self) -> bool:
+        """Whether all that are awaited have ended; each end is noticed as it happens."""
+        ended = [patient.ends() for patient in self._awaited()]
+        return all(ended)
 
     def _awaited(self) -> Sequence[_Patient]:
         """Those whose end matters: the last of several stays away from the others until then."""
@@ -192,34 +257,42 @@ def _free_port() -> int:
 # --- what they found ---------------------------------------------------------------------------
 
 
-def _worst(records: list[list[dict[str, Any]]], ends: list[str]) -> dict[str, list[Finding]]:
+def worst(ends: Sequence[End]) -> dict[str, list[Finding]]:
     """By section and name the worst finding of all processes, and how processes ended."""
     found: dict[tuple[str, str], Finding] = {}
 
     def add(section: str, rank: int, finding: Finding) -> None:
         key = (section, finding.name)
-        if len(records) > 1 and finding.verdict == "failed":
+        if len(ends) > 1 and finding.verdict == "failed":
             detail = f"process {rank}: {finding.detail}"
             finding = dataclasses.replace(finding, detail=detail)
         if key not in found or finding.badness > found[key].badness:
             found[key] = finding
 
     names = {field.name for field in dataclasses.fields(Finding)}
-    for rank, (written, end) in enumerate(zip(records, ends, strict=True)):
-        for record in written:
+    for rank, end in enumerate(ends):
+        for record in end.records:
             if "name" in record:
                 values = {name: value for name, value in record.items() if name in names}
                 add(record["section"], rank, Finding(**values))
-        section = written[-1].get("section", "starting") if written else "starting"
-        if end and section != "time-out":
-            add(section, rank, Finding(name="the process died", verdict="failed", detail=end))
-        elif end and rank < len(records) - 1:  # as libraries do that cannot raise
-            seconds = TIMEOUT_SECONDS + GRACE_SECONDS
-            add(section, rank, at_most("a missing process is given up", seconds, seconds, unit="s"))
+        if end.how and end.section == "time-out":
+            absent = len(ends) > 1 and rank == len(ends) - 1  # ended once it was given up
+            if not absent:
+                add(end.section, rank, _given_up(end))
+        elif end.how:
+            add(end.section, rank, Finding(name=DIED, verdict="failed", detail=end.how))
     sections: dict[str, list[Finding]] = {}
     for (section, _), finding in found.items():
         sections.setdefault(section, []).append(finding)
     return sections
+
+
+def _given_up(end: End) -> Finding:
+    """A process that ended while it missed another: of the time-out, or of something else."""
+    if not end.gave_up or end.waited < 0.9 * TIMEOUT_SECONDS:
+        return Finding(name=DIED, verdict="failed", detail=end.how)
+    limit = TIMEOUT_SECONDS + GRACE_SECONDS
+    return at_most(GIVEN_UP, end.waited, limit, unit="s", detail=end.how)
 
 
 def _print(report: Report, console: Console) -> None:

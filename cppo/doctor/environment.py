@@ -23,9 +23,11 @@ def describe(backend: Backend) -> dict[str, str]:
         "python": platform.python_version(),
         "system": platform.platform(),
         "processor": f"{_processor()}, {os.cpu_count()} logical cores",
-        "device": _device(device),
+        "device": _device(device, backend),
         "threads": str(torch.get_num_threads()),
     }
+    if properties := _properties(device):
+        facts["device properties"] = properties
     builds = {name: build for name, build in vars(torch.version).items() if _is_build(name, build)}
     facts["PyTorch is built for"] = ", ".join(f"{n} {b}" for n, b in builds.items()) or "the CPU"
     facts |= {
@@ -50,11 +52,18 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _device(device: torch.device) -> str:
+def _device(device: torch.device, backend: Backend) -> str:
     """Its name, number and memory."""
     if device.type == "cpu":
         return "cpu"
     count = torch.accelerator.device_count()
     name = getattr(torch.get_device_module(device), "get_device_name", lambda index: device.type)
-    _, total_bytes = torch.accelerator.get_memory_info(device)
-    return f"{count} x {name(device.index)}, {total_bytes / 2**30:.0f} GiB"
+    free = backend.memory.headroom_bytes() / 2**30
+    return f"{count} x {name(device.index)}, {free:.0f} GiB free"
+
+
+def _properties(device: torch.device) -> str:
+    """What the device's module tells of it, driver and architecture included, in its words."""
+    module = torch.get_device_module(device)
+    known = device.type != "cpu" and hasattr(module, "get_device_properties")
+    return str(module.get_device_properties(device.index)) if known else ""

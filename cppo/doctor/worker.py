@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import os
+import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,9 +58,12 @@ def main() -> None:
             write(section="joining processes", **dataclasses.asdict(_broken("joining", error)))
             return
         examination = Examination(backend=backend, processes=processes)
-        write(environment=describe(backend))
+        try:
+            write(environment=describe(backend))
+        except Exception as error:  # noqa: BLE001 - nor may a fact that cannot be had end it
+            write(section="environment", **dataclasses.asdict(_broken("environment", error)))
         for title, section in SECTIONS.items():
-            write(section=title)
+            write(section=title, began=time.time())
             try:
                 for finding in section(examination):
                     write(section=title, **dataclasses.asdict(finding))

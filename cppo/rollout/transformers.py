@@ -158,6 +158,9 @@ def _draw(
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     """Keeps the likeliest tokens that together reach `top_p` (at least one); (S, V)."""
     sorted_down, order = probabilities.sort(-1, descending=True)
-    before = sorted_down.cumsum(-1) - sorted_down
+    # Some devices have no cumulative sum that is the same each time; the CPU has.
+    fixed = torch.are_deterministic_algorithms_enabled()
+    summed = (sorted_down.cpu() if fixed else sorted_down).cumsum(-1).to(sorted_down.device)
+    before = summed - sorted_down
     sorted_down = sorted_down.masked_fill(before >= top_p, 0.0)
     return torch.zeros_like(probabilities).scatter(-1, order, sorted_down)
