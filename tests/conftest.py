@@ -21,6 +21,7 @@ from cppo.device import choose
 from cppo.policy import Policy, load
 
 BACKEND = "CPPO_TEST_BACKEND"  # for what runs in processes of its own, too
+SLOWEST = ("test_simulated.py", "test_trainer.py", "test_doctor.py")
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -33,6 +34,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Where two processes share the files, the longest must not come last.
+    items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else 9)
     if config.getoption("--backend") is not None:
         others = [item for item in items if item.get_closest_marker("device") is None]
         config.hook.pytest_deselected(items=others)

@@ -55,7 +55,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_it_is_found_beside_the_first_party_backends(run: Run) -> None:
     listed = run("cppo.cli", "backends").stdout
-    lines = {line.split()[0]: line for line in listed.splitlines() if "usable" in line}
+    rows = [line for line in listed.splitlines() if " usable " in line]
+    lines = {line.split()[1]: line for line in rows}
     assert set(lines) == {"cpu", "cuda", "npu", "rocm", "simulated", "xpu"}
     assert "cppo-simulated 1.0 (cppo_simulated)" in lines["simulated"]
     assert "device simulated" in lines["simulated"]
@@ -72,7 +73,7 @@ def test_the_doctor_finds_it_in_good_health(run: Run, tmp_path: Path) -> None:
     assert report["passed"]
     assert report["environment"]["device"].startswith("simulated device")
     verdicts = [f["verdict"] for found in report["findings"].values() for f in found]
-    assert verdicts.count("passed") > 60
+    assert verdicts.count("passed") > 50
     # PyTorch leaves a device that it does not know no choice of kernels, in either precision.
     not_run = {
         f["name"]
@@ -89,11 +90,11 @@ def test_more_processes_than_devices_are_refused(run: Run) -> None:
     assert "give --processes 2 or less" in ended.stderr
 
 
-def test_the_objective_and_the_trainer_pass_their_tests_on_it(run: Run) -> None:
+def test_what_runs_on_devices_passes_its_tests_on_it(run: Run) -> None:
     """Resumed runs, runs in two processes, and runs ended by signals among them."""
     files = [
         str(SOURCE.parent / f"test_{name}.py")
-        for name in ("detector", "device", "objective", "processes", "statistics", "trainer")
+        for name in ("device", "processes", "statistics", "trainer")
     ]
     ended = run("pytest", "-q", "--backend", "simulated", *files)
     assert ended.returncode == 0
