@@ -34,9 +34,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # Where two processes share the files, the longest must not come last.
-    items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else 9)
-    if config.getoption("--backend") is not None:
+    if config.getoption("--backend") is None:
+        # Where two processes share the files, the longest must not come last.
+        place = {name: number for number, name in enumerate(SLOWEST)}
+        items.sort(key=lambda item: place.get(item.path.name, len(place)))
+    else:
         others = [item for item in items if item.get_closest_marker("device") is None]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if item not in others]

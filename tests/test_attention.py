@@ -52,6 +52,8 @@ def test_an_attention_that_nobody_knows_is_refused_with_what_is_known() -> None:
 
 def test_a_trial_says_why_an_attention_does_not_work() -> None:
     assert attention.trial("sdpa", "cpu", torch.float32) == ""
+    with torch.no_grad():
+        assert attention.trial("eager", "cpu", torch.float32) == ""
     assert "16-bit numbers only" in attention.trial("flash_attention_2", "cpu", torch.float32)
     reason = attention.trial("flash_attention_2", "cpu", torch.bfloat16)
     assert "Error" in reason

@@ -71,7 +71,7 @@ def test_the_doctor_finds_it_in_good_health(run: Run, tmp_path: Path) -> None:
     assert ended.returncode == 0
     report = json.loads(file.read_text())
     assert report["passed"]
-    assert report["environment"]["device"].startswith("simulated device")
+    assert report["environment"]["device"].startswith("2 x simulated device")
     verdicts = [f["verdict"] for found in report["findings"].values() for f in found]
     assert verdicts.count("passed") > 50
     # PyTorch leaves a device that it does not know no choice of kernels, in either precision.
