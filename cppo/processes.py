@@ -60,10 +60,10 @@ class Processes:
     def _agree_on_devices(self) -> None:
         kinds = self.gather([self.device.type])
         if len(set(kinds)) > 1:
-            found = ", ".join(f"{kind} in process {rank}" for rank, kind in enumerate(kinds))
+            found = ", ".join(f"{rank} on {kind}" for rank, kind in enumerate(kinds))
             raise ValueError(
-                f"processes are on different devices ({found}): start no more on a machine than it "
-                "has devices, and name the backend instead of --backend auto"
+                f"processes are on different devices (process {found}): start no more on a machine "
+                "than it has devices, and name the backend instead of --backend auto"
             )
 
     # --- what processes tell each other ----------------------------------------------------------
