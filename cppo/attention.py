@@ -36,22 +36,26 @@ def attend(
     if lengths is not None:
         positions = torch.arange(length, device=query.device)
         mask = positions < lengths[:, None]  # (B, L)
+    scale = query.shape[-1] ** -0.5
     if "flash" in name:
         from transformers.integrations.flash_attention import flash_attention_forward as forward
     else:
-        if mask is not None or name == "eager":
-            causal = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-            mask = causal[None, None] if mask is None else causal & mask[:, None, None]
+        causal = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+        mask = None if mask is None else causal & mask[:, None, None]
         if name == "sdpa":
             from transformers.integrations.sdpa_attention import sdpa_attention_forward as forward
         elif name == "eager":
-            forward = _eager
+            mask = causal if mask is None else mask
+            grouped = query.shape[1] != key.shape[1]
+            return eager_attention(
+                query, key, value, mask, scale=scale, enable_gqa=grouped
+            ).transpose(1, 2)
         else:
             raise ValueError(f"attention {name!r} is not known: give one of {', '.join(KNOWN)}")
     layer: Any = nn.Module()
     layer.config = SimpleNamespace(_attn_implementation=name)
     layer.is_causal, layer.num_key_value_groups = True, query.shape[1] // key.shape[1]
-    attended: Tensor = forward(layer, query, key, value, mask, scaling=query.shape[-1] ** -0.5)[0]
+    attended: Tensor = forward(layer, query, key, value, mask, scaling=scale)[0]
     return attended
 
 
@@ -106,13 +110,24 @@ def installed_flash_attention() -> tuple[str, ...]:
     return tuple(name for name, package in FLASH_PACKAGES.items() if find_spec(package) is not None)
 
 
-def _eager(
-    layer: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
-) -> tuple[Tensor]:
-    """As transformers' models write it: the softmax in float32, products in the inputs' dtype."""
-    key, value = (x.repeat_interleave(layer.num_key_value_groups, dim=1) for x in (key, value))
-    weights = query @ key.transpose(2, 3) * scaling
-    if mask is not None:
-        weights = weights.masked_fill(~mask, torch.finfo(weights.dtype).min)
-    weights = weights.softmax(-1, dtype=torch.float32).to(query.dtype)
-    return ((weights @ value).transpose(1, 2),)
+def eager_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """What transformers' models write out, called as PyTorch's scaled_dot_product_attention is: the
+    softmax in float32, products in the inputs' dtype."""
+    if enable_gqa:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    weights = query @ key.transpose(2, 3) * scale
+    if is_causal:
+        attn_mask = torch.ones(weights.shape[2:], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None:
+        weights = weights.masked_fill(~attn_mask, torch.finfo(weights.dtype).min)
+    return weights.softmax(-1, dtype=torch.float32).to(query.dtype) @ value

@@ -115,7 +115,8 @@ class OptimizerConfig:
         max_grad_norm: Gradients are clipped to this norm.
         mini_batch_prompts: Prompts in one optimizer step; 0 for all of a rollout's.
         epochs: Passes over a step's rollouts.
-        micro_batch_responses: Responses scored at once, a process; bounds memory.
+        tokens_per_micro_batch: Tokens scored at once, a process: a prompt once for each view of it,
+            and its responses; bounds memory. A group that has more is cut, its prompt repeated.
         max_bad_steps: Non-finite steps in a row after which the run stops.
     """
 
@@ -128,7 +129,7 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     mini_batch_prompts: int = 0
     epochs: int = 1
-    micro_batch_responses: int = 8
+    tokens_per_micro_batch: int = 16384
     max_bad_steps: int = 5
 
 
@@ -281,7 +282,6 @@ BUILTIN: Mapping[str, Any] = {
     "rollout.batch_responses": 512,
     "optimizer.learning_rate": 5e-5,
     "optimizer.warmup_steps": 5,
-    "optimizer.micro_batch_responses": 128,
     "evaluation.items": 512,
     "evaluation.every": 20,
     "evaluation.items_during": 128,
@@ -335,7 +335,7 @@ MINIMA: Mapping[str, float] = {
     "optimizer.weight_decay": 0,
     "optimizer.mini_batch_prompts": 0,
     "optimizer.epochs": 1,
-    "optimizer.micro_batch_responses": 1,
+    "optimizer.tokens_per_micro_batch": 1,
     "optimizer.max_bad_steps": 1,
     "evaluation.items": 1,
     "evaluation.items_during": 1,

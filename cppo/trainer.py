@@ -145,7 +145,7 @@ class Trainer:
             optimizer=self.optimizer,
             method=self.method,
             processes=self.processes,
-            micro_batch_responses=settings.micro_batch_responses,
+            tokens_per_micro_batch=settings.tokens_per_micro_batch,
             max_grad_norm=settings.max_grad_norm,
             max_new_tokens=rollout.max_new_tokens,
         )

@@ -55,13 +55,13 @@ class Updater:
         optimizer: torch.optim.Optimizer,
         method: GRPO,
         processes: Processes,
-        micro_batch_responses: int,
+        tokens_per_micro_batch: int,
         max_grad_norm: float,
         max_new_tokens: int,
     ) -> None:
         self._scorer, self._optimizer, self._method = scorer, optimizer, method
         self._processes = processes
-        self._micro_batch = micro_batch_responses
+        self._budget = tokens_per_micro_batch
         self._max_grad_norm = max_grad_norm
         self._max_new_tokens = max_new_tokens
 
@@ -133,21 +133,52 @@ class Updater:
     # --- pieces ------------------------------------------------------------------------------
 
     def _cut(self, samples: Sequence[Sample]) -> list[list[Sample]]:
-        """Micro-batches of like lengths; as many in every process, idle ones made up."""
-        ordered = sorted(samples, key=lambda sample: len(sample.prompt.ids) + len(sample.ids))
-        size = self._micro_batch
-        cut = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        """Micro-batches within the budget, groups whole where they fit; as many in every process,
+        idle ones made up. Prompts of like lengths come together."""
+        groups: dict[int, list[Sample]] = {}
+        for sample in sorted(samples, key=lambda sample: len(sample.prompt.ids)):
+            groups.setdefault(id(sample.prompt), []).append(sample)
+        cut: list[list[Sample]] = []
+        room = 0
+        for group in groups.values():
+            whole = self._tokens(group) <= self._budget
+            for part in [group] if whole else self._parts(group):
+                tokens = self._tokens(part)
+                if not cut or tokens > room:
+                    cut.append([])
+                    room = self._budget
+                cut[-1] += part
+                room -= tokens
         most = max(self._processes.gather([len(cut)]))
-        idle = [replace(ordered[0], idle=True)]
+        idle = [replace(samples[0], idle=True)]
         return cut + [idle] * (most - len(cut))
 
+    def _parts(self, group: Sequence[Sample]) -> Iterator[list[Sample]]:
+        """A group that exceeds the budget, in parts that do not; of one sample at least."""
+        part: list[Sample] = []
+        for sample in group:
+            if part and self._tokens([*part, sample]) > self._budget:
+                yield part
+                part = []
+            part.append(sample)
+        yield part
+
+    def _tokens(self, group: Sequence[Sample]) -> int:
+        """What samples of one prompt cost on all views: the prompt once each, and responses."""
+        prompt = len(group[0].prompt.ids)
+        views = [[s for s in group if v.name in s.views] for v in self._method.views]
+        return sum(prompt + sum(len(s.ids) for s in each) for each in (group, *views) if each)
+
     def _plan_ahead(self, micro_batches: Sequence[Sequence[Sample]]) -> list[_Ahead]:
-        """Plans for the whole mini-batch at once; views without gradient are scored here only."""
+        """Plans for the whole mini-batch at once; views without gradient are scored here only.
+
+        A plan reads the scores of samples that a view is scored for, and of no others.
+        """
         needed = [view for view in self._method.views if view.detects or not view.gradient]
         constant = [view.name for view in needed if not view.gradient]
         with torch.no_grad():
             if needed:
-                scored = [self._score(batch, needed) for batch in micro_batches]
+                scored = [self._score(batch, needed, all_seen=False) for batch in micro_batches]
             else:
                 scored = [self._unscored(batch) for batch in micro_batches]
             plans = _split(self._method.plan(_joined(scored)), scored)
@@ -156,35 +187,40 @@ class Updater:
             for plan, tokens in zip(plans, scored, strict=True)
         ]
 
-    def _score(self, samples: Sequence[Sample], views: Sequence[View]) -> Tokens:
-        """Scores samples on their image and on the views they need, in one forward pass."""
-        rows, places = _rows(samples), {}
-        for view in views:
-            having = [i for i, sample in enumerate(samples) if view.name in sample.views]
-            places[view.name] = (len(rows), having)
-            rows += [
-                Row(
-                    prompt=samples[i].prompt,
-                    pixels=samples[i].views[view.name],
-                    response=samples[i].ids,
-                )
-                for i in having
-            ]
-        scores = self._scorer(rows)
-        count, width = len(samples), max(len(sample.ids) for sample in samples)
-        seen = Scores(
-            logprobs=scores.logprobs[:count, :width], entropy=scores.entropy[:count, :width]
-        )
-        by_view = {
-            name: Scores(
-                logprobs=_spread(scores.logprobs, start, having, seen.logprobs),
-                entropy=_spread(scores.entropy, start, having, seen.entropy),
-            )
-            for name, (start, having) in places.items()
-        }
-        known = self._known(samples, seen)
+    def _score(
+        self, samples: Sequence[Sample], views: Sequence[View], *, all_seen: bool = True
+    ) -> Tokens:
+        """Scores samples on the views they have, and on their image (where not `all_seen`, only
+        those that have such a view), in one forward pass; the rest is zero."""
         blank = self._unscored(samples)
-        return replace(blank, seen=seen, views={**blank.views, **by_view}, **known)
+        shown: dict[str, dict[int, Tensor]] = {view.name: {} for view in views}
+        for i, sample in enumerate(samples):
+            for name in shown.keys() & sample.views.keys():
+                shown[name][i] = sample.views[name]
+        as_is = {i: sample.prompt.pixels for i, sample in enumerate(samples)}
+        if not all_seen:
+            as_is = {i: as_is[i] for i in sorted({i for each in shown.values() for i in each})}
+        rows: list[Row] = []
+        spans: dict[str, tuple[int, list[int]]] = {}
+        for name, pixels in (("", as_is), *shown.items()):
+            spans[name] = (len(rows), list(pixels))
+            rows += [
+                Row(prompt=samples[i].prompt, pixels=pixels[i], response=samples[i].ids)
+                for i in pixels
+            ]
+        if not rows:
+            return blank
+        scores = self._scorer(rows)
+        found = {
+            name: Scores(
+                logprobs=_spread(scores.logprobs, start, places, blank.seen.logprobs),
+                entropy=_spread(scores.entropy, start, places, blank.seen.entropy),
+            )
+            for name, (start, places) in spans.items()
+        }
+        seen = found.pop("")
+        known = self._known(samples, seen)
+        return replace(blank, seen=seen, views={**blank.views, **found}, **known)
 
     def _unscored(self, samples: Sequence[Sample]) -> Tokens:
         """Tokens of samples as far as they are known without the policy."""
@@ -293,9 +329,10 @@ def _rows(samples: Sequence[Sample]) -> list[Row]:
 
 def _spread(scored: Tensor, start: int, places: Sequence[int], like: Tensor) -> Tensor:
     """The rows from `start` on, put to their places in the shape of `like`; zeros elsewhere."""
-    rows = scored[start : start + len(places), : like.shape[1]]
+    width = like.shape[1]
+    rows = scored[start : start + len(places), :width]
     index = torch.tensor(places, dtype=torch.long, device=scored.device)
-    return torch.zeros_like(like).index_copy(0, index, rows)
+    return scored.new_zeros(like.shape).index_copy(0, index, pad(rows, (0, width - rows.shape[1])))
 
 
 def _detached(tokens: Tokens) -> Tokens:

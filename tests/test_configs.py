@@ -101,7 +101,6 @@ def test_the_synchronous_configs_hold_the_published_settings(size: str, data: st
     assert (config.rollout.prompts, config.rollout.responses) == (512, 5)
     assert (config.policy.max_prompt_tokens, config.rollout.max_new_tokens) == (512, 4096)
     assert (config.optimizer.mini_batch_prompts, config.optimizer.learning_rate) == (64, 1e-6)
-    assert config.optimizer.micro_batch_responses == {"3b": 8, "7b": 2}[size]
     assert (config.optimizer.max_grad_norm, config.rollout.temperature) == (1.0, 1.0)
     published = {
         "clip_low": 0.2,
@@ -181,7 +180,7 @@ def cut_down(config: TrainConfig, model: Path, data: str) -> TrainConfig:
         optimizer=replace(
             config.optimizer,
             mini_batch_prompts=min(config.optimizer.mini_batch_prompts, 1),
-            micro_batch_responses=min(config.optimizer.micro_batch_responses, 4),
+            tokens_per_micro_batch=300,
         ),
         evaluation=replace(config.evaluation, items=2, items_during=1, k=1),
     )

@@ -61,7 +61,7 @@ def true_logits(policy: Policy, prompt: Prompt, response: Tensor) -> Tensor:
     through the model's own forward."""
     ids = torch.cat([prompt.ids, response])[None]
     kinds = torch.cat([prompt.image_mask.int(), torch.zeros_like(response, dtype=torch.int)])
-    with policy.evaluating():
+    with policy.evaluating(), policy.in_rows():
         logits: Tensor = policy.base(
             input_ids=ids,
             mm_token_type_ids=kinds[None],
@@ -358,3 +358,13 @@ def test_real_items_generate_and_score(
     ):
         assert len(response.ids) == 8 or response.finished
         torch.testing.assert_close(response.logprobs, logprobs, atol=1e-4, rtol=0)
+
+
+def test_the_nucleus_is_the_same_where_algorithms_must_be_deterministic() -> None:
+    probabilities = torch.rand(3, 50, generator=torch.Generator().manual_seed(0))
+    free = _nucleus(probabilities, 0.7)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(_nucleus(probabilities, 0.7), free)
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -50,7 +50,7 @@ def config(model: Path, **changes: Any) -> TrainConfig:
         policy=PolicyConfig(max_prompt_tokens=600),
         rollout=RolloutConfig(prompts=2, responses=3, max_new_tokens=6),
         rewards=RewardConfig(workers=1),
-        optimizer=OptimizerConfig(learning_rate=1e-3, micro_batch_responses=4),
+        optimizer=OptimizerConfig(learning_rate=1e-3, tokens_per_micro_batch=300),
         evaluation=EvaluationConfig(items=2, every=0, items_during=2, k=2),
     )
     return dataclasses.replace(plain, **changes)
@@ -135,7 +135,7 @@ def test_several_mini_batches_and_epochs_use_the_sampling_policys_logprobs(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     optimizer = OptimizerConfig(
-        learning_rate=1e-2, micro_batch_responses=4, mini_batch_prompts=1, epochs=2
+        learning_rate=1e-2, tokens_per_micro_batch=300, mini_batch_prompts=1, epochs=2
     )
     run(config(tiny_folder, method="grpo", optimizer=optimizer), tmp_path)
     moved = [record.get("old_kl", 0.0) for record in lines(tmp_path / "metrics.jsonl")]
@@ -292,7 +292,7 @@ def test_two_processes_share_a_run_and_resume_it(tiny_folder: Path, tmp_path: Pa
     train = [*launch, "-m", "cppo.cli", "train"]
     command = [
         *(*train, "--model", str(tiny_folder), "--steps", "2", "--output", str(folder)),
-        *("--reward", REWARD, "--optimizer.micro_batch_responses", "2"),
+        *("--reward", REWARD, "--optimizer.tokens_per_micro_batch", "60"),
         *("--backend", os.environ[BACKEND]),
         *("--rollout.prompts", "4", "--rollout.responses", "2", "--rollout.max_new_tokens", "6"),
         *("--evaluation.items", "3", "--evaluation.k", "1", "--evaluation.every", "0"),

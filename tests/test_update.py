@@ -103,6 +103,17 @@ def make_samples(policy: Policy, method: GRPO, *, every_view: bool = False) -> l
     return samples
 
 
+def budget(cut: str, samples: Sequence[Sample]) -> int:
+    """Tokens of a micro-batch that hold all samples, one group with its views, or one sample."""
+    groups = [[s for s in samples if s.prompt is p] for p in {s.prompt for s in samples}]
+    tokens = [
+        len(group[0].prompt.ids) * (1 + max(len(s.views) for s in group))
+        + sum(len(s.ids) * (1 + len(s.views)) for s in group)
+        for group in groups
+    ]
+    return {"whole": 1_000_000, "group": max(tokens), "sample": 1}[cut]
+
+
 def weights_of(policy: Policy) -> Tensor:
     return torch.cat([p.detach().flatten() for p in policy.model.parameters()])
 
@@ -111,7 +122,7 @@ def descend(
     policy: Policy,
     method: GRPO,
     samples: Sequence[Sample],
-    micro_batch: int = 99,
+    cut: str = "whole",
     *,
     max_grad_norm: float = 1e9,
 ) -> tuple[Tensor, dict[str, float]]:
@@ -124,7 +135,7 @@ def descend(
         optimizer=torch.optim.SGD(scorer.parameters(), lr=1.0),
         method=method,
         processes=Processes(choose("cpu"), torch.float32),
-        micro_batch_responses=micro_batch,
+        tokens_per_micro_batch=budget(cut, samples),
         max_grad_norm=max_grad_norm,
         max_new_tokens=MAX_NEW_TOKENS,
     ).step(samples)
@@ -228,8 +239,8 @@ def test_the_step_descends_on_the_plain_loss_however_the_batch_is_cut(
     samples = make_samples(policy, method)
     expected = plain_gradient(policy, plain_loss(policy, method, samples))
     watched: list[dict[str, float]] = []
-    for micro_batch in (99, 4, 1):
-        change, metrics = descend(policy, method, samples, micro_batch)
+    for cut in ("whole", "group", "sample"):
+        change, metrics = descend(policy, method, samples, cut)
         check(change, expected)
         watched.append(metrics)
     assert watched[0]["grad_norm"] == pytest.approx(float(expected.norm()), rel=1e-6)
@@ -242,9 +253,9 @@ def test_the_step_descends_on_the_plain_loss_however_the_batch_is_cut(
 def test_the_order_of_the_samples_does_not_matter(policy: Policy, case: str) -> None:
     method = method_of(case)
     samples = make_samples(policy, method)
-    expected, metrics = descend(policy, method, samples, 2)
+    expected, metrics = descend(policy, method, samples, "group")
     shuffled = [samples[i] for i in (4, 0, 5, 2, 1, 3)]
-    change, shuffled_metrics = descend(policy, method, shuffled, 2)
+    change, shuffled_metrics = descend(policy, method, shuffled, "group")
     check(change, expected)
     assert shuffled_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-7)
 
@@ -253,14 +264,12 @@ def test_the_order_of_the_samples_does_not_matter(policy: Policy, case: str) -> 
 def test_averages_over_micro_batches_are_means_of_their_means(policy: Policy, name: str) -> None:
     method = build(name, {**WEIGHTS.get(name, {}), "average_over": "micro-batch"})
     samples = make_samples(policy, method)
-    by_length = sorted(samples, key=lambda s: len(s.prompt.ids) + len(s.ids))
-    pairs = [by_length[start : start + 2] for start in (0, 2, 4)]
-    losses = [plain_loss(policy, method, pair) for pair in pairs]
+    losses = [plain_loss(policy, method, group) for group in (samples[:3], samples[3:])]
     expected = plain_gradient(policy, torch.stack(losses).mean())
-    check(descend(policy, method, samples, 2)[0], expected)
-    over_all = descend(policy, replace(method, average_over="global"), samples, 2)[0]
+    check(descend(policy, method, samples, "group")[0], expected)
+    over_all = descend(policy, replace(method, average_over="global"), samples, "group")[0]
     difference = (over_all - expected).norm() / expected.norm()
-    if name == "dr_grpo":  # its denominator counts responses, and the pairs are of equal size
+    if name == "dr_grpo":  # its denominator counts responses, and the groups are of equal size
         assert difference < TOLERANCE
     else:
         assert difference > 0.05
@@ -269,19 +278,19 @@ def test_averages_over_micro_batches_are_means_of_their_means(policy: Policy, na
 # --- views --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("micro_batch", [99, 2])
-def test_gating_the_views_is_exact(policy: Policy, micro_batch: int) -> None:
+@pytest.mark.parametrize("cut", ["whole", "group"])
+def test_gating_the_views_is_exact(policy: Policy, cut: str) -> None:
     method = build("cppo", {"weight": 1.0})
     gated, everything = make_samples(policy, method), make_samples(policy, method, every_view=True)
     assert [len(sample.views) for sample in gated] == [2, 0, 2, 2, 0, 0]
     assert [len(sample.views) for sample in everything] == [2] * 6
-    expected, metrics = descend(policy, method, everything, micro_batch)
-    change, gated_metrics = descend(policy, method, gated, micro_batch)
+    expected, metrics = descend(policy, method, everything, cut)
+    change, gated_metrics = descend(policy, method, gated, cut)
     check(change, expected)
     assert metrics["perception_tokens"] > 0
     for watched in ("loss/policy", "loss/perception", "perception_tokens", "grad_norm"):
         assert gated_metrics[watched] == pytest.approx(metrics[watched], rel=1e-5), watched
-    without = descend(policy, build("grpo"), gated, micro_batch)[0]
+    without = descend(policy, build("grpo"), gated, cut)[0]
     assert (change - without).norm() > 0.01 * without.norm()  # the contrast is there to be gated
 
 
@@ -299,7 +308,7 @@ def test_each_picture_passes_the_vision_tower_once_a_scoring_call(policy: Policy
     assert [sorted(seen) for seen in passes] == [sorted(pictures)]
 
     with watching(policy) as passes:
-        descend(policy, method, samples, 4)
+        descend(policy, method, samples, "group")
     for seen in passes:
         assert len(seen) == len(set(seen))
     assert len(passes) == 4  # two micro-batches, scored without gradient and with
@@ -312,9 +321,9 @@ def test_each_picture_passes_the_vision_tower_once_a_scoring_call(policy: Policy
 def test_a_method_without_views_scores_nothing_ahead(policy: Policy) -> None:
     method = build("grpo")
     with watching(policy) as passes:
-        descend(policy, method, make_samples(policy, method), 2)
+        descend(policy, method, make_samples(policy, method), "group")
         ahead = len(make_samples(policy, method))  # each of which is scored by itself
-    assert len(passes) == 3 + 2 * ahead
+    assert len(passes) == 2 + 2 * ahead
 
 
 def test_a_view_without_gradient_is_scored_once_and_gets_none(policy: Policy) -> None:
@@ -326,10 +335,10 @@ def test_a_view_without_gradient_is_scored_once_and_gets_none(policy: Policy) ->
         calls.append((torch.is_grad_enabled(), [row.pixels for row in given[0]]))
 
     blind = {id(sample.views["blind"]) for sample in samples}
-    for micro_batch, passes in ((99, 1), (1, 6)):
+    for cut, passes in (("whole", 1), ("sample", 6)):
         calls.clear()
         hook = scorer.register_forward_pre_hook(note)
-        updater(scorer, method, micro_batch).step(samples)
+        updater(scorer, method, budget(cut, samples)).step(samples)
         hook.remove()
         kinds = [
             (with_gradient, sum(id(p) in blind for p in rows)) for with_gradient, rows in calls
@@ -339,13 +348,13 @@ def test_a_view_without_gradient_is_scored_once_and_gets_none(policy: Policy) ->
         assert sum(count for _, count in kinds) == 6
 
 
-def updater(scorer: Scorer, method: GRPO, micro_batch: int, rate: float = 0.0) -> Updater:
+def updater(scorer: Scorer, method: GRPO, tokens: int, rate: float = 0.0) -> Updater:
     return Updater(
         scorer=scorer,
         optimizer=torch.optim.SGD(scorer.parameters(), lr=rate),
         method=method,
         processes=Processes(choose("cpu"), torch.float32),
-        micro_batch_responses=micro_batch,
+        tokens_per_micro_batch=tokens,
         max_grad_norm=1e9,
         max_new_tokens=MAX_NEW_TOKENS,
     )
@@ -355,15 +364,15 @@ def updater(scorer: Scorer, method: GRPO, micro_batch: int, rate: float = 0.0) -
 
 
 @pytest.mark.parametrize("case", ["cppo", "dr_grpo", "reference", "toy"])
-@pytest.mark.parametrize("micro_batch", [99, 1])
-def test_an_idle_sample_contributes_nothing(policy: Policy, case: str, micro_batch: int) -> None:
+@pytest.mark.parametrize("cut", ["whole", "sample"])
+def test_an_idle_sample_contributes_nothing(policy: Policy, case: str, cut: str) -> None:
     method = method_of(case)
     samples = make_samples(policy, method)
-    expected, metrics = descend(policy, method, samples, micro_batch)
+    expected, metrics = descend(policy, method, samples, cut)
     # As the trainer makes one: without what the other samples bring along.
     first = samples[0]
     idle = Sample(prompt=first.prompt, ids=first.ids, advantage=2.0, views=first.views, idle=True)
-    change, with_idle = descend(policy, method, [idle, *samples], micro_batch)
+    change, with_idle = descend(policy, method, [idle, *samples], cut)
     check(change, expected)
     assert with_idle == pytest.approx(metrics, rel=1e-5, abs=1e-7)
 
@@ -373,7 +382,7 @@ def test_a_batch_of_idle_samples_leaves_the_weights_alone(policy: Policy, case: 
     method = method_of(case)
     first = make_samples(policy, method)[0]
     idle = Sample(prompt=first.prompt, ids=first.ids, advantage=0.0, idle=True)
-    change, metrics = descend(policy, method, [idle, idle], 1)
+    change, metrics = descend(policy, method, [idle, idle], "sample")
     assert not change.any()
     assert metrics == {}
 
@@ -382,20 +391,20 @@ def test_samples_that_bring_no_old_logprobs_have_a_ratio_of_one(policy: Policy) 
     method = build("grpo")
     samples = make_samples(policy, method)
     fresh = [replace(sample, old_logprobs=None) for sample in samples]
-    change, metrics = descend(policy, method, fresh, 4)
+    change, metrics = descend(policy, method, fresh, "group")
     assert metrics["clip_share"] == metrics["old_kl"] == 0.0
     tokens = zip(LENGTHS, ADVANTAGES, strict=True)
     expected = -sum(length * advantage for length, advantage in tokens) / sum(LENGTHS)
     assert metrics["loss/policy"] == pytest.approx(expected, rel=1e-6)
-    current = updater(make_scorer(policy), method, 99).score_without_gradient(samples)
+    current = updater(make_scorer(policy), method, 1_000_000).score_without_gradient(samples)
     known = [replace(s, old_logprobs=o) for s, o in zip(samples, current, strict=True)]
-    check(descend(policy, method, known, 4)[0], change)
+    check(descend(policy, method, known, "group")[0], change)
     # Some may bring them and some not, whoever shares a micro-batch with whom.
     mixed = [*samples[:3], *fresh[3:]]
     spelt_out = [*samples[:3], *known[3:]]
-    for micro_batch in (99, 1):
-        expected_change, _ = descend(policy, method, spelt_out, micro_batch)
-        check(descend(policy, method, mixed, micro_batch)[0], expected_change)
+    for cut in ("whole", "sample"):
+        expected_change, _ = descend(policy, method, spelt_out, cut)
+        check(descend(policy, method, mixed, cut)[0], expected_change)
 
 
 def test_gspo_counts_the_responses_whose_own_ratio_left_the_range(policy: Policy) -> None:
@@ -405,12 +414,12 @@ def test_gspo_counts_the_responses_whose_own_ratio_left_the_range(policy: Policy
     """
     method = build("gspo")
     samples = make_samples(policy, method)
-    current = updater(make_scorer(policy), method, 2).score_without_gradient(samples)
+    current = updater(make_scorer(policy), method, 1).score_without_gradient(samples)
     swing = current[0] + torch.tensor([0.5, -0.5]).repeat(len(current[0]))[: len(current[0])]
     swing[2 * (len(swing) // 2) :] = current[0][2 * (len(swing) // 2) :]  # an even number moves
     known = [swing, current[1] - 1e-3, *current[2:]]
     stale = [replace(s, old_logprobs=old) for s, old in zip(samples, known, strict=True)]
-    metrics = descend(policy, method, stale, 2)[1]
+    metrics = descend(policy, method, stale, "group")[1]
     assert ADVANTAGES[5] == 0.0  # nothing to learn from, so never scored
     assert metrics["clip_share"] == pytest.approx(LENGTHS[1] / sum(LENGTHS[:5]), rel=1e-6)
 
@@ -422,16 +431,16 @@ def test_tokens_whose_ratio_left_the_range_are_counted_and_learn_nothing(
     """A ratio of e^0.5 where the advantage is positive, of e^-0.5 where it is negative."""
     method = build("grpo")
     samples = make_samples(policy, method)
-    current = updater(make_scorer(policy), method, 2).score_without_gradient(samples)
+    current = updater(make_scorer(policy), method, 1).score_without_gradient(samples)
     stale = [
         replace(s, advantage=sign, old_logprobs=now + (shift if i < 2 else 0.0))
         for i, (s, now) in enumerate(zip(samples, current, strict=True))
     ]
-    change, metrics = descend(policy, method, stale, 2)
+    change, metrics = descend(policy, method, stale, "group")
     assert metrics["clip_share"] == pytest.approx(sum(LENGTHS[:2]) / sum(LENGTHS), rel=1e-6)
     drift = sum(LENGTHS[:2]) * (math.exp(-shift) - 1 + shift) / sum(LENGTHS)
     assert metrics["old_kl"] == pytest.approx(drift, rel=1e-5)
-    alone = descend(policy, method, stale[2:], 2)[0]
+    alone = descend(policy, method, stale[2:], "group")[0]
     check(change, alone * sum(LENGTHS[2:]) / sum(LENGTHS))
 
 
@@ -439,8 +448,8 @@ def test_score_without_gradient_keeps_the_order_of_the_samples(policy: Policy) -
     method = build("grpo")
     samples = make_samples(policy, method)
     scorer = make_scorer(policy)
-    for micro_batch in (99, 2):
-        scored = updater(scorer, method, micro_batch).score_without_gradient(samples)
+    for cut in ("whole", "group"):
+        scored = updater(scorer, method, budget(cut, samples)).score_without_gradient(samples)
         for sample, logprobs in zip(samples, scored, strict=True):
             row = Row(prompt=sample.prompt, pixels=sample.prompt.pixels, response=sample.ids)
             torch.testing.assert_close(logprobs, scorer([row]).logprobs[0].detach())
@@ -453,25 +462,25 @@ def test_score_without_gradient_keeps_the_order_of_the_samples(policy: Policy) -
 def test_gradients_are_clipped_to_the_given_norm_and_reported_unclipped(policy: Policy) -> None:
     method = build("cppo")
     samples = make_samples(policy, method)
-    free, metrics = descend(policy, method, samples, 2)
-    clipped, clipped_metrics = descend(policy, method, samples, 2, max_grad_norm=0.01)
+    free, metrics = descend(policy, method, samples, "group")
+    clipped, clipped_metrics = descend(policy, method, samples, "group", max_grad_norm=0.01)
     assert free.norm() > 0.1
     assert float(clipped.norm()) == pytest.approx(0.01, rel=1e-4)
     check(clipped / clipped.norm(), free / free.norm())
     assert clipped_metrics["grad_norm"] == pytest.approx(metrics["grad_norm"], rel=1e-9)
 
 
-@pytest.mark.parametrize("micro_batch", [99, 2])
+@pytest.mark.parametrize("cut", ["whole", "group"])
 @pytest.mark.parametrize("name", ["grpo", "cppo", "gspo"])
 def test_a_step_that_is_not_finite_leaves_the_weights_and_the_optimizer_alone(
-    policy: Policy, name: str, micro_batch: int
+    policy: Policy, name: str, cut: str
 ) -> None:
     method = build(name)
     samples = make_samples(policy, method)
     scorer = make_scorer(policy)
     before = weights_of(policy)
     for broken in (math.inf, -math.inf, math.nan):
-        subject = updater(scorer, method, micro_batch, rate=1.0)
+        subject = updater(scorer, method, budget(cut, samples), rate=1.0)
         bad = [replace(samples[0], advantage=broken), *samples[1:]]
         assert subject.step(bad)["skipped"] == 1.0
         assert torch.equal(weights_of(policy), before)
@@ -487,7 +496,7 @@ def test_a_weight_that_is_not_a_number_is_met_with_a_skipped_step(policy: Policy
     with torch.no_grad():
         weight.view(-1)[0] = math.nan
     try:
-        change, metrics = descend(policy, method, samples, 2)
+        change, metrics = descend(policy, method, samples, "group")
     finally:
         with torch.no_grad():
             weight.copy_(kept)
@@ -498,20 +507,20 @@ def test_a_weight_that_is_not_a_number_is_met_with_a_skipped_step(policy: Policy
 
 # --- two processes ------------------------------------------------------------------------------
 
-TRAINED_IN_TWO: dict[str, tuple[str, dict[str, Any], Sequence[Sequence[int]], int]] = {
-    # method, options, each process's samples, micro-batch
-    "unequal numbers of micro-batches": ("cppo", {"weight": 1.0}, ((0, 1, 2, 4, 5), (3,)), 2),
-    "views in one process alone": ("cppo", {"weight": 1.0}, ((0, 2, 3), (1, 4, 5)), 99),
-    "one process idle": ("grpo", {"reference_kl": 0.5}, ((0, 1, 2, 3, 4, 5), ()), 3),
-    "sums over a constant": ("dr_grpo", {}, ((5, 0), (1, 2, 3, 4)), 1),
+TRAINED_IN_TWO: dict[str, tuple[str, dict[str, Any], Sequence[Sequence[int]], str]] = {
+    # method, options, each process's samples, how they are cut
+    "unequal numbers of micro-batches": ("cppo", {"weight": 1.0}, ((0, 1, 2, 4, 5), (3,)), "group"),
+    "views in one process alone": ("cppo", {"weight": 1.0}, ((0, 2, 3), (1, 4, 5)), "whole"),
+    "one process idle": ("grpo", {"reference_kl": 0.5}, ((0, 1, 2, 3, 4, 5), ()), "group"),
+    "sums over a constant": ("dr_grpo", {}, ((5, 0), (1, 2, 3, 4)), "sample"),
 }
 BROKEN = "one process not finite"
 
 
-def samples_of(policy: Policy, name: str) -> tuple[GRPO, list[Sample], int]:
-    case, options, _, micro_batch = TRAINED_IN_TWO[name]
+def samples_of(policy: Policy, name: str) -> tuple[GRPO, list[Sample], str]:
+    case, options, _, cut = TRAINED_IN_TWO[name]
     method = build(case, options)
-    return method, make_samples(policy, method), micro_batch
+    return method, make_samples(policy, method), cut
 
 
 def train_in_one_of_two(rank: int, port: int, folder: Path, out: Path) -> None:
@@ -526,7 +535,7 @@ def train_in_one_of_two(rank: int, port: int, folder: Path, out: Path) -> None:
     for name in (*TRAINED_IN_TWO, BROKEN):
         case = next(iter(TRAINED_IN_TWO)) if name == BROKEN else name
         policy = load_policy(folder)
-        method, samples, micro_batch = samples_of(policy, case)
+        method, samples, cut = samples_of(policy, case)
         own = [samples[i] for i in TRAINED_IN_TWO[case][2][rank]]
         if not own:
             first = samples[0]
@@ -540,7 +549,7 @@ def train_in_one_of_two(rank: int, port: int, folder: Path, out: Path) -> None:
             optimizer=torch.optim.SGD(plain.parameters(), lr=1.0),
             method=method,
             processes=processes,
-            micro_batch_responses=micro_batch,
+            tokens_per_micro_batch=budget(cut, samples),
             max_grad_norm=1e9,
             max_new_tokens=MAX_NEW_TOKENS,
         ).step(own)
@@ -558,8 +567,8 @@ def test_two_processes_take_the_step_that_one_takes(
     torch.multiprocessing.spawn(train_in_one_of_two, (port, tiny_folder, tmp_path), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for name in TRAINED_IN_TWO:
-        method, samples, micro_batch = samples_of(policy, name)
-        expected, metrics = descend(policy, method, samples, micro_batch)
+        method, samples, cut = samples_of(policy, name)
+        expected, metrics = descend(policy, method, samples, cut)
         for change, watched in (first[name], second[name]):
             check(change, expected)
             assert watched == pytest.approx(metrics, rel=1e-5, abs=1e-7)

@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from cppo.attention import attend
+from cppo.attention import attend, eager_attention
 from cppo.doctor.finding import Examination, Finding, at_most, not_run, relative_error, short
+from cppo.policy.groups import Kernel, Layout, attend_in_groups
 
 ROWS, HEADS, KEY_HEADS, HEAD_SIZE = 2, 8, 2, 64
 LENGTHS = (1088, 700)  # of the rows: 1,024 image tokens and a response, and a smaller image
+PROMPTS, RESPONSES = (640, 500), ((64, 40, 12), (33,))  # of groups
 # Relative errors, by norm. Of what is computed in 16 bits, rounding alone is 2^-9 and 2^-12.
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 # What PyTorch says where none of the kernels that are allowed fits; anything else is a failure.
@@ -33,6 +35,8 @@ def examine(given: Examination) -> Iterator[Finding]:
             yield from case.compare(name, name, given.device)
         if "sdpa" in given.backend.attention:
             yield from _kernels(case, given.device)
+            yield from _in_groups("sdpa", scaled_dot_product_attention, dtype, given.device)
+        yield from _in_groups("eager", eager_attention, dtype, given.device)
 
 
 def _kernels(case: _Case, device: torch.device) -> Iterator[Finding]:
@@ -52,6 +56,47 @@ def _kernels(case: _Case, device: torch.device) -> Iterator[Finding]:
                 raise
             what = f"{label} {short(case.dtype)}"
             yield not_run(what, "not for these shapes, or not on this device")
+
+
+def _in_groups(
+    name: str, kernel: Kernel, dtype: torch.dtype, device: torch.device
+) -> Iterator[Finding]:
+    """The group layout: two prompts with their responses in one packed sequence."""
+    generator = torch.Generator().manual_seed(0)
+    length = sum(PROMPTS) + sum(map(sum, RESPONSES))
+    query, key, value = (
+        torch.randn(1, heads, length, HEAD_SIZE, generator=generator).to(dtype)
+        for heads in (HEADS, KEY_HEADS, KEY_HEADS)
+    )
+    upstream = torch.randn(1, length, HEADS, HEAD_SIZE, generator=generator).to(dtype)
+    layout = Layout.of(PROMPTS, RESPONSES, device)
+    q, k, v = (x.to(device, copy=True).requires_grad_() for x in (query, key, value))
+    attended = attend_in_groups(q, k, v, layout, scale=HEAD_SIZE**-0.5, kernel=kernel)
+    gradients = torch.autograd.grad(attended, (q, k, v), upstream.to(device))
+    q, k, v = (x.double().requires_grad_() for x in (query, key, value))
+    truth = _exact_in_groups(q, k, v)
+    true_gradients = torch.autograd.grad(truth, (q, k, v), upstream.double())
+    what, limit = f"{name} in groups {short(dtype)}", LIMITS[dtype]
+    yield at_most(f"{what}, forward", relative_error(attended, truth), limit)
+    worst = max(map(relative_error, gradients, true_gradients))
+    yield at_most(f"{what}, gradient", worst, limit)
+
+
+def _exact_in_groups(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Each prompt, and each response behind its prompt, by itself; (1, L, H, D)."""
+    prompts, responses, start, end = [], [], 0, sum(PROMPTS)
+    for prompt, lengths in zip(PROMPTS, RESPONSES, strict=True):
+        for number, length in enumerate((0, *lengths)):
+            places = [*range(start, start + prompt), *range(end, end + length)]
+            q, k, v = (x[:, :, places] for x in (query, key, value))
+            attended = _exact(q, k, v, torch.ones(1, len(places), dtype=torch.bool))
+            if number:
+                responses.append(attended[:, prompt:])
+            else:
+                prompts.append(attended)
+            end += length
+        start += prompt
+    return torch.cat([*prompts, *responses], dim=1)
 
 
 def _heeds_choice(device: torch.device, dtype: torch.dtype) -> bool:

@@ -86,7 +86,7 @@ def _step(
         optimizer=torch.optim.SGD(scorer.parameters(), lr=1.0),
         method=METHOD,
         processes=processes,
-        micro_batch_responses=8,
+        tokens_per_micro_batch=2048,
         max_grad_norm=1e9,
         max_new_tokens=64,
     )
@@ -118,6 +118,7 @@ def _policy(device: torch.device, precision: torch.dtype, attention: str) -> Pol
         image_processor=image_processor,
         eos=(tokenizer.eos_token_id,),
         precision=precision,
+        attention=attention,
         source="random weights",
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cppo.policy import groups
 from cppo.policy.families import Family, family_of
 
 logger = logging.getLogger(__name__)
@@ -34,12 +35,27 @@ class Policy:
     image_processor: Any
     eos: tuple[int, ...]  # ids that end a response
     precision: torch.dtype  # that it computes in; weights may be wider
+    attention: str  # as transformers names it
     source: str
+
+    def __post_init__(self) -> None:
+        config = self._language.config
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if others := kinds - {"full_attention"}:
+            raise ValueError(
+                f"model {self.source!r} has layers of {', '.join(sorted(others))}, and responses "
+                "could not see the whole of their prompt: load it with use_sliding_window false"
+            )
+        config._attn_implementation = groups.name_of(self.attention)
 
     @property
     def base(self) -> Any:
         """The transformers model itself, adapters active within it."""
         return self.model.get_base_model() if self.has_adapters else self.model
+
+    @property
+    def _language(self) -> Any:
+        return self.family.language_model(self.base)
 
     @property
     def instruction(self) -> str:
@@ -72,6 +88,16 @@ class Policy:
         if self.precision.itemsize != 2:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.precision)
+
+    @contextlib.contextmanager
+    def in_rows(self) -> Iterator[None]:
+        """Sequences side by side, as transformers has them, and no groups: to sample from."""
+        config = self._language.config
+        before, config._attn_implementation = config._attn_implementation, self.attention
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -147,6 +173,7 @@ def load(
         image_processor=image_processor,
         eos=_end_tokens(model, tokenizer),
         precision=precision or dtype,
+        attention=attention,
         source=source,
     )
 

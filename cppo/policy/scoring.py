@@ -1,22 +1,23 @@
 """Scoring: log-probability and entropy of response tokens, on any view of the images.
 
-This is the reference path: rows are padded to one length, each row carrying its own prompt. Each
+Responses to the same prompt with the same pixels share one pass of both (see `groups`). Each
 distinct picture passes through the vision tower once a call.
 
-Shapes: R rows, T response tokens (right-padded), L positions of prompt and response.
+Shapes: R rows, T response tokens (right-padded), L positions of the packed sequence, G groups.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from cppo.device import Backend
 from cppo.methods import Scores
+from cppo.policy.groups import Layout
 from cppo.policy.loading import Policy
 from cppo.policy.prompts import Prompt
 
@@ -43,31 +44,28 @@ class Scorer(nn.Module):
     def forward(self, rows: Sequence[Row]) -> Scores:
         """Scores each row's response tokens; (R, T), zero on padding. T is the longest response."""
         policy, device = self._policy, self._policy.device
-        batch = _pad(rows)
+        groups = _grouped(rows)
+        batch = _pack(groups, device)
         with policy.autocast():
             hidden = policy.family.hidden_states(
                 policy.base,
-                batch.ids.to(device),
-                batch.positions.to(device),
-                batch.image_mask.to(device),
-                encode_images(policy, rows),
+                batch.ids,
+                batch.positions,
+                batch.image_mask,
+                encode_images(policy, [group[0] for group in groups]),
                 use_cache=False,
-            ).last_hidden_state
-        # Position p predicts token p + 1; only the positions before response tokens are projected.
-        lengths = torch.tensor([len(row.response) for row in rows])
-        mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
-        first = torch.tensor([len(row.prompt.ids) - 1 for row in rows])
-        row_index, token_index = mask.nonzero(as_tuple=True)
-        picked = hidden[row_index.to(device), (first[row_index] + token_index).to(device)]
-        targets = torch.cat([row.response for row in rows]).to(device)
+                layout=batch.layout,
+            ).last_hidden_state[0]
         logprobs, entropy = self._backend.token_statistics(
-            picked, policy.head, targets, temperature=self._temperature
+            hidden[batch.before], policy.head, batch.targets, temperature=self._temperature
         )
-        place = mask.to(device)
-        empty = logprobs.new_zeros(place.shape)
+        mask = batch.layout.responses.mask
+        place = {id(row): number for number, row in enumerate(itertools.chain(*groups))}
+        order = torch.tensor([place[id(row)] for row in rows], device=device)
+        empty = logprobs.new_zeros(mask.shape)
         return Scores(
-            logprobs=empty.masked_scatter(place, logprobs),
-            entropy=empty.masked_scatter(place, entropy),
+            logprobs=empty.masked_scatter(mask, logprobs)[order],
+            entropy=empty.masked_scatter(mask, entropy)[order],
         )
 
 
@@ -88,28 +86,47 @@ def encode_images(policy: Policy, rows: Sequence[Row]) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Batch:
-    ids: Tensor  # (R, L)
-    positions: Tensor  # (axes, R, L)
-    image_mask: Tensor  # (R, L), only within prompts: a sampled placeholder is no image
+    ids: Tensor  # (1, L)
+    positions: Tensor  # (axes, 1, L)
+    image_mask: Tensor  # (1, L), only within prompts: a sampled placeholder is no image
+    layout: Layout
+    before: Tensor  # (tokens of all responses,) what predicts each: the one before it
+    targets: Tensor  # (tokens of all responses,)
 
 
-def _pad(rows: Sequence[Row]) -> _Batch:
-    """Right-pads `prompt + response`. Attention is causal: what follows a row never reaches it."""
-    positions = []
+def _grouped(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows that share prompt and pixels, in order of their first."""
+    groups: dict[tuple[int, int], list[Row]] = {}
     for row in rows:
-        response = row.prompt.next_position + torch.arange(len(row.response))
-        axes = row.prompt.positions.shape[0]
-        positions.append(torch.cat([row.prompt.positions, response.expand(axes, -1)], dim=1).T)
+        groups.setdefault((id(row.prompt), id(row.pixels)), []).append(row)
+    return list(groups.values())
+
+
+def _pack(groups: Sequence[Sequence[Row]], device: torch.device) -> _Batch:
+    """The groups as one sequence; each response's positions go on from its prompt's."""
+    prompts = [group[0].prompt for group in groups]
+    lengths = [len(prompt.ids) for prompt in prompts]
+    rows = [row for group in groups for row in group]
+    responses = torch.cat([row.response for row in rows])
+    axes, start = prompts[0].positions.shape[0], sum(lengths)
+    positions, before = [], []
+    for group, end in zip(groups, itertools.accumulate(lengths), strict=True):
+        for row in group:
+            own = torch.arange(len(row.response))
+            positions.append((row.prompt.next_position + own).expand(axes, -1))
+            before.append(torch.where(own == 0, end - 1, start + own - 1))
+            start += len(own)
     return _Batch(
-        ids=pad_sequence(
-            [torch.cat([row.prompt.ids, row.response]) for row in rows], batch_first=True
+        ids=torch.cat([*(prompt.ids for prompt in prompts), responses])[None].to(device),
+        positions=torch.cat([*(p.positions for p in prompts), *positions], dim=1)[:, None].to(
+            device
         ),
-        positions=pad_sequence(positions, batch_first=True).permute(2, 0, 1),
-        image_mask=pad_sequence(
-            [
-                torch.cat([row.prompt.image_mask, torch.zeros(len(row.response), dtype=torch.bool)])
-                for row in rows
-            ],
-            batch_first=True,
+        image_mask=torch.cat(
+            [*(p.image_mask for p in prompts), torch.zeros(len(responses), dtype=torch.bool)]
+        )[None].to(device),
+        layout=Layout.of(
+            lengths, [[len(row.response) for row in group] for group in groups], device
         ),
+        before=torch.cat(before).to(device),
+        targets=responses.to(device),
     )

@@ -49,7 +49,7 @@ def generate(
     step = max(1, sampling.batch_responses // sampling.responses)
     for start in range(0, len(prompts), step):
         # A generator that yielded within would leave its caller without gradients meanwhile.
-        with policy.evaluating():
+        with policy.evaluating(), policy.in_rows():
             groups = _sample(policy, prompts[start : start + step], sampling, generator)
         yield from groups
 

@@ -28,6 +28,10 @@ class Family(Protocol):
         """The image processor saved at `folder`, without torchvision. `limits`: pixel counts."""
 
     @staticmethod
+    def language_model(model: Any) -> Any:
+        """The part whose attention takes the group layout."""
+
+    @staticmethod
     def prepare(model: Any) -> None:
         """Makes a freshly loaded model ready, without changing what it computes or saves."""
 

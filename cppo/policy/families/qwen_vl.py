@@ -51,6 +51,10 @@ class QwenVL:
         return Qwen2VLImageProcessorPil.from_pretrained(folder, **limits)
 
     @staticmethod
+    def language_model(model: Any) -> Any:
+        return model.model.language_model
+
+    @staticmethod
     def prepare(model: Any) -> None:
         tower = model.model.visual
         tower.patch_embed = PatchProjection(tower.patch_embed.proj)
@@ -85,7 +89,7 @@ class QwenVL:
         features: Tensor | None,
         **options: Any,
     ) -> Any:
-        language = model.model.language_model
+        language = self.language_model(model)
         embeddings = language.embed_tokens(ids)
         if image_mask is not None and features is not None:
             surface, deeper = features[0].to(embeddings.dtype), list(features[1:])

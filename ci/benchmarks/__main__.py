@@ -1,0 +1,93 @@
+"""Measures `cppo` against its peers; a table, and JSON. Run by `ci/bench`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import step
+import token_statistics
+import torch
+import update
+from measure import Row
+from subjects import THREE_BILLION
+
+from cppo.console import Console
+from cppo.device import resolve
+from cppo.doctor.environment import describe
+
+SECTIONS = ("update", "step", "statistics", "growth", "scale")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="ci/bench", description=__doc__)
+    parser.add_argument("--backend", default="auto", help="as in `cppo train`")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="some sections alone")
+    parser.add_argument("--repeats", type=int, default=5, help="of each measurement")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU, on all sides alike")
+    parser.add_argument("--json", type=Path, default=Path("reports/bench.json"))
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    found = resolve(given.backend)
+    backend = found.backend
+    assert backend is not None
+    accelerated = backend.device != "cpu"
+    wanted = given.only or [s for s in SECTIONS if s != "scale" or accelerated]
+    console, rows = Console(), []
+    report = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "backend": found.name,
+        "threads": given.threads,
+        "environment": describe(backend)
+        | {name: version(name) for name in ("trl", "liger-kernel")},
+        "rows": [],
+    }
+    for section in wanted:
+        console.say(f"measuring: {section}")
+        if section == "update":
+            new = update.measure(backend, given.repeats)
+        elif section == "growth":
+            new = update.grow(backend, given.repeats)
+        elif section == "scale":
+            new = update.at_scale(backend, given.repeats, THREE_BILLION)
+        elif section == "step":
+            new = step.measure(backend, found.name, given.repeats)
+        else:
+            shape = (16_384, 2048, torch.bfloat16) if accelerated else (1024, 1024, torch.float32)
+            tokens, hidden, dtype = shape
+            new = token_statistics.measure(
+                backend,
+                given.repeats,
+                tokens=tokens,
+                vocabulary=151_936,
+                hidden=hidden,
+                dtype=dtype,
+            )
+        console.table(section, ("", "", "over", "ratio", "target"), [_cells(row) for row in new])
+        rows += new
+        # What was measured stays, whatever comes after.
+        report["rows"] = [asdict(row) | {"ratio": row.ratio} for row in rows]
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        given.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    console.say(f"report: {given.json}")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    low, high = min(row.ratios), max(row.ratios)
+    spread = "" if low == high else f" [{low:.3f}, {high:.3f}]"
+    target = (
+        ""
+        if row.target is None
+        else f"<= {row.target} {'met' if row.ratio <= row.target else 'MISSED'}"
+    )
+    return row.what, row.subject, row.peer, f"{row.ratio:.3f}{spread}", target
+
+
+if __name__ == "__main__":
+    main()

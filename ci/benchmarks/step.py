@@ -1,0 +1,228 @@
+"""A whole step, rollout included, of `cppo train` and TRL's trainer: time, and what passes through.
+
+Both sample with transformers in the same process, from the same weights, on the same questions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measure import Row
+from PIL import Image
+from subjects import SMALL, make_model
+
+from cppo.builtin.policy import build_tokenizer
+from cppo.config import EvaluationConfig, PolicyConfig, RolloutConfig, TrainConfig
+from cppo.device import Backend
+from cppo.trainer import Trainer
+
+RESPONSES = 8
+SHAPES = ((24, 128), (16, 128), (16, 256))  # side of the image in tokens, response tokens
+IMAGES, TOKENS = (
+    "images through the vision tower",
+    "tokens through the language model, sampling aside",
+)
+OURS, PEER = "cppo, three views", "TRL's GRPO, one view"
+
+
+def odd(response: str, answer: str, question: str) -> float:
+    """Better or worse by chance, and the same for the same words."""
+    return float(sum(response.encode()) % 2)
+
+
+def measure(backend: Backend, name: str, repeats: int) -> list[Row]:
+    return [row for shape in SHAPES for row in _one(backend, name, repeats, *shape)]
+
+
+def _one(backend: Backend, name: str, repeats: int, side: int, response: int) -> list[Row]:
+    """One prompt and its group a step."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        tokenizer, images = _prepare(folder, repeats, side)
+        ours, mine = _ours(name, folder, repeats, response)
+        theirs, other = _trls(backend, folder, tokenizer, images, repeats, response)
+    what = f"whole step, {side**2} image tokens, {RESPONSES} x up to {response}"
+    rows = [
+        Row(
+            what=what,
+            subject=OURS,
+            peer=PEER,
+            ratios=[a / b for a, b in zip(ours, theirs, strict=True)],
+            subject_values=ours,
+            peer_values=theirs,
+            unit="s",
+            target=0.6,
+        )
+    ]
+    return rows + [
+        Row(
+            what=f"{what}: {key}",
+            subject=OURS,
+            peer=PEER,
+            ratios=[mine[key] / other[key]],
+            subject_values=[mine[key] / (repeats + 1)],
+            peer_values=[other[key] / (repeats + 1)],
+            unit="",
+        )
+        for key in (IMAGES, TOKENS)
+    ]
+
+
+@contextlib.contextmanager
+def _counting(model: Any) -> Iterator[Counter[str]]:
+    """What passes through: hooks on the vision tower and on the first layer."""
+    counts: Counter[str] = Counter()
+
+    def tower(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        counts[IMAGES] += len(named["grid_thw"])
+
+    def layer(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        hidden = given[0] if given else named["hidden_states"]
+        if hidden.shape[1] > 1:  # a sampled token comes by itself
+            counts[TOKENS] += hidden.shape[0] * hidden.shape[1]
+
+    base = model.model
+    hooks = [
+        base.visual.register_forward_pre_hook(tower, with_kwargs=True),
+        base.language_model.layers[0].register_forward_pre_hook(layer, with_kwargs=True),
+    ]
+    try:
+        yield counts
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _prepare(folder: Path, repeats: int, side: int) -> tuple[Any, list[Image.Image]]:
+    """Writes the model and the data; the first step warms up."""
+    from transformers import Qwen2VLImageProcessorPil
+
+    tokenizer = build_tokenizer()
+    model = make_model(SMALL, tokenizer, torch.float32, "sdpa")
+    processor = Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=4000 * 4000)
+    for part in (model, tokenizer, processor):
+        part.save_pretrained(folder / "model")
+    random = np.random.default_rng(0)
+    images = [
+        Image.fromarray(random.integers(0, 255, (28 * side, 28 * side, 3), dtype=np.uint8))
+        for _ in range(repeats + 4)
+    ]
+    (folder / "data").mkdir()
+    with (folder / "data" / "train.jsonl").open("w") as rows:
+        for number, image in enumerate(images):
+            image.save(folder / "data" / f"{number}.png")
+            row = {"images": [f"{number}.png"], "problem": "<image>What is this?", "answer": "1"}
+            rows.write(json.dumps(row) + "\n")
+    return tokenizer, images
+
+
+def _ours(name: str, folder: Path, repeats: int, response: int) -> tuple[list[float], Counter[str]]:
+    config = TrainConfig(
+        method="cppo",
+        model=str(folder / "model"),
+        data=str(folder / "data"),
+        reward=f"{__name__}:odd",
+        steps=repeats + 1,
+        backend=name,
+        checkpoint_every=0,
+        policy=PolicyConfig(max_prompt_tokens=4096),
+        rollout=RolloutConfig(prompts=1, responses=RESPONSES, max_new_tokens=response),
+        evaluation=EvaluationConfig(items=1, k=1, every=0, items_during=1),
+    )
+    trainer = Trainer(config, folder / "run")
+    try:
+        with _counting(trainer.policy.model) as counts:
+            seconds = []
+            for step in range(1, repeats + 2):
+                started = time.perf_counter()
+                trainer._train_step(step)
+                seconds.append(time.perf_counter() - started)
+    finally:
+        trainer.close()
+    return seconds[1:], counts
+
+
+def _trls(
+    backend: Backend,
+    folder: Path,
+    tokenizer: Any,
+    images: Sequence[Image.Image],
+    repeats: int,
+    response: int,
+) -> tuple[list[float], Counter[str]]:
+    from datasets import Dataset
+    from transformers import (
+        AutoModelForImageTextToText,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessorPil,
+        TrainerCallback,
+    )
+    from trl import GRPOConfig, GRPOTrainer
+
+    from cppo.policy.families.qwen_vl import QwenVL
+
+    class ImagesOnly(Qwen2_5_VLProcessor):  # type: ignore[misc]
+        """Without a video processor, which needs torchvision."""
+
+        def check_argument_for_proper_class(self, name: str, argument: Any) -> type:
+            return type(argument)
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def on_step_begin(self, *given: Any, **named: Any) -> None:
+            self.times.append(time.perf_counter())
+
+        def on_train_end(self, *given: Any, **named: Any) -> None:
+            self.times.append(time.perf_counter())
+
+    model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32)
+    QwenVL.prepare(model)
+    image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder / "model")
+    clock = Clock()
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=lambda completions, **columns: [
+            odd(c[0]["content"], "", "") for c in completions
+        ],
+        args=GRPOConfig(
+            output_dir=str(folder / "trl"),
+            per_device_train_batch_size=RESPONSES,
+            num_generations=RESPONSES,
+            max_completion_length=response,
+            max_steps=repeats + 1,
+            beta=0.0,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=backend.device == "cpu",
+        ),
+        train_dataset=Dataset.from_list(
+            [
+                {"prompt": [{"role": "user", "content": "What is this?"}], "image": image}
+                for image in images
+            ]
+        ),
+        processing_class=ImagesOnly(
+            image_processor=image_processor,
+            tokenizer=tokenizer,
+            video_processor=None,
+            chat_template=tokenizer.chat_template,
+        ),
+        callbacks=[clock],
+    )
+    with _counting(model) as counts:
+        trainer.train()
+    seconds = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]
+    return seconds[1:], counts

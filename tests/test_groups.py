@@ -1,0 +1,166 @@
+"""Laws of the group layout: packed together, prompts and responses get what they get alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, ITEMS, make_prompt, random_response, save_family
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from cppo.attention import eager_attention
+from cppo.device import choose
+from cppo.policy import Policy, Row, Scorer, load
+from cppo.policy.groups import Layout, attend_in_groups
+
+KERNELS = (scaled_dot_product_attention, eager_attention)
+TOLERANCE = 1e-10  # in float64
+
+
+def alone(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention of one sequence, (L, H, D) each, written out."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, key) * query.shape[-1] ** -0.5
+    causal = torch.ones(scores.shape[1:], dtype=torch.bool).tril()
+    weights = scores.masked_fill(~causal, -torch.inf).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, value)
+
+
+def one_by_one(
+    prompts: Sequence[int], responses: Sequence[Sequence[int]], *tensors: Tensor
+) -> Tensor:
+    """What each prompt, and each response after its prompt, attends to by itself; (L, H, D)."""
+    attended, later, start, end = [], [], 0, sum(prompts)
+    for prompt, lengths in zip(prompts, responses, strict=True):
+        context = slice(start, start + prompt)
+        attended.append(alone(*(x[context] for x in tensors)))
+        start += prompt
+        for length in lengths:
+            own = slice(end, end + length)
+            later.append(alone(*(torch.cat([x[context], x[own]]) for x in tensors))[prompt:])
+            end += length
+    return torch.cat([*attended, *later])
+
+
+groups = st.lists(
+    st.tuples(st.integers(1, 9), st.lists(st.integers(1, 6), min_size=1, max_size=4)),
+    min_size=1,
+    max_size=4,
+)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=["sdpa", "eager"])
+@settings(max_examples=30, deadline=None)
+@given(groups=groups, heads=st.sampled_from([(4, 2), (3, 3), (4, 1)]))
+def test_a_response_attends_to_its_prompt_and_itself(
+    kernel: Any, groups: list[tuple[int, list[int]]], heads: tuple[int, int]
+) -> None:
+    prompts, responses = [p for p, _ in groups], [r for _, r in groups]
+    length = sum(prompts) + sum(map(sum, responses))
+    torch.manual_seed(0)
+    query, key, value = (
+        torch.randn(length, count, 8, dtype=torch.float64, requires_grad=True)
+        for count in (heads[0], heads[1], heads[1])
+    )
+    packed = [x.transpose(0, 1)[None] for x in (query, key, value)]
+    layout = Layout.of(prompts, responses)
+    attended = attend_in_groups(*packed, layout, scale=8**-0.5, kernel=kernel)[0]
+    truth = one_by_one(prompts, responses, query, key, value)
+    # The eager softmax is computed in float32, as in transformers' models.
+    tolerance = TOLERANCE if kernel is scaled_dot_product_attention else 1e-5
+    torch.testing.assert_close(attended, truth, atol=tolerance, rtol=tolerance)
+    upstream = torch.randn_like(truth)
+    inputs = (query, key, value)
+    for found, true in zip(
+        torch.autograd.grad(attended, inputs, upstream),
+        torch.autograd.grad(truth, inputs, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, true, atol=tolerance, rtol=tolerance)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request: Any, tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    return save_family(request.param, tmp_path_factory.mktemp(request.param), tokenizer)
+
+
+def make_rows(policy: Policy, responses: int) -> list[Row]:
+    """Every item of the tests, one of which has several images, with ragged responses."""
+    return [
+        Row(
+            prompt=prompt,
+            pixels=prompt.pixels,
+            response=random_response(policy, 1 + (5 * number) % 9, seed=number),
+        )
+        for prompt in [make_prompt(policy, item) for item in ITEMS]
+        for number in range(responses)
+    ]
+
+
+def scores_and_gradient(policy: Policy, calls: Sequence[Sequence[Row]]) -> list[Tensor]:
+    """Log-probabilities and entropies of all tokens, and the gradient of a mix of them."""
+    scorer = Scorer(policy, choose("cpu"), temperature=0.7)
+    found: dict[str, list[Tensor]] = {"logprobs": [], "entropy": []}
+    for rows in calls:
+        scores = scorer(rows)
+        for name, kept in found.items():
+            kept += [t[: len(r.response)] for t, r in zip(getattr(scores, name), rows, strict=True)]
+    logprobs, entropy = (torch.cat(kept) for kept in found.values())
+    loss = (logprobs * torch.linspace(-1, 1, len(logprobs))).sum() + entropy.square().sum()
+    parameters = [p for p in policy.model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss, parameters)
+    return [logprobs, entropy, torch.cat([gradient.flatten() for gradient in gradients])]
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "lora, checkpointing"])
+@pytest.mark.parametrize("responses", [1, 3, 16])
+def test_a_group_of_any_size_scores_as_its_responses_do_alone(
+    folder: Path, responses: int, adapted: bool
+) -> None:
+    lora = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+    options: dict[str, Any] = {"lora": lora, "gradient_checkpointing": True} if adapted else {}
+    policy = load(str(folder), dtype=torch.float64, attention="sdpa", **options)
+    rows = make_rows(policy, responses)
+    together = scores_and_gradient(policy, [rows])
+    apart = scores_and_gradient(policy, [[row] for row in rows])
+    for found, true in zip(together, apart, strict=True):
+        assert (found - true).norm() <= 1e-6 * true.norm()  # norms and rotations are in float32
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_prompt_passes_the_language_model_once_a_view(folder: Path, attention: str) -> None:
+    policy = load(str(folder), dtype=torch.float32, attention=attention)
+    rows = make_rows(policy, 4)
+    prompts = {id(row.prompt): len(row.prompt.ids) for row in rows}
+    other = rows[0].pixels.clone()
+    rows += [Row(prompt=r.prompt, pixels=other, response=r.response) for r in rows[:2]]
+    lengths = []
+    hook = policy.base.model.language_model.layers[0].register_forward_pre_hook(
+        lambda _, given: lengths.append(given[0].shape[:2])
+    )
+    Scorer(policy, choose("cpu"), temperature=1.0)(rows)
+    hook.remove()
+    responses = sum(len(row.response) for row in rows)
+    once = sum(prompts.values()) + prompts[id(rows[0].prompt)]
+    assert lengths == [(1, once + responses)]
+
+
+def test_a_model_whose_layers_do_not_see_far_enough_is_refused(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    folder = save_family("qwen2_5_vl", tmp_path / "model", tokenizer)
+    config = json.loads((folder / "config.json").read_text())
+    layers = config["text_config"]["num_hidden_layers"]
+    config["text_config"] |= {"use_sliding_window": True, "sliding_window": 16}
+    config["text_config"]["layer_types"] = ["sliding_attention"] * layers
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"sliding_attention, .* use_sliding_window false"):
+        load(str(folder), dtype=torch.float32, attention="sdpa")
