@@ -116,7 +116,8 @@ class OptimizerConfig:
         mini_batch_prompts: Prompts in one optimizer step; 0 for all of a rollout's.
         epochs: Passes over a step's rollouts.
         tokens_per_micro_batch: Tokens scored at once, a process: a prompt once for each view of it,
-            and its responses; bounds memory. A group that has more is cut, its prompt repeated.
+            its responses counted as long as the longest; bounds memory. A group that has more is
+            cut, its prompt repeated.
         max_bad_steps: Non-finite steps in a row after which the run stops.
     """
 

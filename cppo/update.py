@@ -76,8 +76,8 @@ class Updater:
         if not any(self._processes.gather([bool(scored)])):
             return {}
         unscored = [sample for sample in samples if not (sample.idle or self.matters(sample))]
-        micro_batches = self._cut(scored or [replace(samples[0], idle=True)])
         views = self._method.views
+        micro_batches = self._cut(scored or [replace(samples[0], idle=True)], views)
         ahead: Sequence[_Ahead] = []
         if len(micro_batches) > 1 or not all(view.gradient for view in views):
             ahead = self._plan_ahead(micro_batches)
@@ -124,7 +124,7 @@ class Updater:
         """Each sample's log-probabilities, (length,), under `scorer` or the policy as it is."""
         found: dict[int, Tensor] = {}
         with torch.no_grad():
-            for micro_batch in self._cut(samples):
+            for micro_batch in self._cut(samples, ()):
                 logprobs = (scorer or self._scorer)(_rows(micro_batch)).logprobs.cpu()
                 for sample, row in zip(micro_batch, logprobs, strict=True):
                     found[id(sample)] = row[: len(sample.ids)]
@@ -132,42 +132,24 @@ class Updater:
 
     # --- pieces ------------------------------------------------------------------------------
 
-    def _cut(self, samples: Sequence[Sample]) -> list[list[Sample]]:
+    def _cut(self, samples: Sequence[Sample], views: Sequence[View]) -> list[list[Sample]]:
         """Micro-batches within the budget, groups whole where they fit; as many in every process,
         idle ones made up. Prompts of like lengths come together."""
         groups: dict[int, list[Sample]] = {}
         for sample in sorted(samples, key=lambda sample: len(sample.prompt.ids)):
             groups.setdefault(id(sample.prompt), []).append(sample)
         cut: list[list[Sample]] = []
-        room = 0
         for group in groups.values():
-            whole = self._tokens(group) <= self._budget
-            for part in [group] if whole else self._parts(group):
-                tokens = self._tokens(part)
-                if not cut or tokens > room:
-                    cut.append([])
-                    room = self._budget
-                cut[-1] += part
-                room -= tokens
+            whole = _tokens(group, views) <= self._budget
+            for part in [group] if whole else [[sample] for sample in group]:
+                if cut and _tokens([*cut[-1], *part], views) <= self._budget:
+                    cut[-1] += part
+                else:
+                    cut.append([*part])
         most = max(self._processes.gather([len(cut)]))
-        idle = [replace(samples[0], idle=True)]
+        shortest = min(samples, key=lambda sample: len(sample.prompt.ids) + len(sample.ids))
+        idle = [replace(shortest, views={}, idle=True)]
         return cut + [idle] * (most - len(cut))
-
-    def _parts(self, group: Sequence[Sample]) -> Iterator[list[Sample]]:
-        """A group that exceeds the budget, in parts that do not; of one sample at least."""
-        part: list[Sample] = []
-        for sample in group:
-            if part and self._tokens([*part, sample]) > self._budget:
-                yield part
-                part = []
-            part.append(sample)
-        yield part
-
-    def _tokens(self, group: Sequence[Sample]) -> int:
-        """What samples of one prompt cost on all views: the prompt once each, and responses."""
-        prompt = len(group[0].prompt.ids)
-        views = [[s for s in group if v.name in s.views] for v in self._method.views]
-        return sum(prompt + sum(len(s.ids) for s in each) for each in (group, *views) if each)
 
     def _plan_ahead(self, micro_batches: Sequence[Sequence[Sample]]) -> list[_Ahead]:
         """Plans for the whole mini-batch at once; views without gradient are scored here only.
@@ -321,6 +303,17 @@ class Updater:
     @property
     def _device(self) -> torch.device:
         return next(self._scorer.parameters()).device
+
+
+def _tokens(samples: Sequence[Sample], views: Sequence[View]) -> int:
+    """What samples cost on their image and on the views they have: every prompt once each, and
+    responses as long as the longest, as attention pads them."""
+    tokens, longest = 0, max(len(sample.ids) for sample in samples)
+    shown = [samples, *([s for s in samples if view.name in s.views] for view in views)]
+    for having in shown:
+        prompts = {id(sample.prompt): len(sample.prompt.ids) for sample in having}
+        tokens += sum(prompts.values()) + len(having) * longest
+    return tokens
 
 
 def _rows(samples: Sequence[Sample]) -> list[Row]:

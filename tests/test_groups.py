@@ -162,5 +162,5 @@ def test_a_model_whose_layers_do_not_see_far_enough_is_refused(
     config["text_config"] |= {"use_sliding_window": True, "sliding_window": 16}
     config["text_config"]["layer_types"] = ["sliding_attention"] * layers
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"sliding_attention, .* use_sliding_window false"):
+    with pytest.raises(ValueError, match=r"sliding_attention, .* use_sliding_window to false"):
         load(str(folder), dtype=torch.float32, attention="sdpa")

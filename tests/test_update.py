@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -21,7 +23,7 @@ from cppo.methods import GRPO, METHODS, Average, Plan, Scores, Term, Tokens, Vie
 from cppo.objective import aggregate, count_units, divergence
 from cppo.policy import Policy, Row, Scorer, encode_item, encode_view, load
 from cppo.processes import Processes
-from cppo.update import Sample, Updater
+from cppo.update import Sample, Updater, _tokens
 
 TEMPERATURE = 0.8
 MAX_NEW_TOKENS = 12
@@ -108,7 +110,7 @@ def budget(cut: str, samples: Sequence[Sample]) -> int:
     groups = [[s for s in samples if s.prompt is p] for p in {s.prompt for s in samples}]
     tokens = [
         len(group[0].prompt.ids) * (1 + max(len(s.views) for s in group))
-        + sum(len(s.ids) * (1 + len(s.views)) for s in group)
+        + max(len(s.ids) for s in group) * sum(1 + len(s.views) for s in group)
         for group in groups
     ]
     return {"whole": 1_000_000, "group": max(tokens), "sample": 1}[cut]
@@ -316,6 +318,39 @@ def test_each_picture_passes_the_vision_tower_once_a_scoring_call(policy: Policy
     images = {as_seen(policy, s.prompt.pixels) for s in samples}
     assert set().union(*passes[:2]) == images | removed  # the plan needs no more
     assert set().union(*passes[2:]) == pictures
+
+
+@pytest.fixture(scope="module")
+def made(policy: Policy) -> list[Sample]:
+    return make_samples(policy, build("cppo"))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    groups=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=5), min_size=1, max_size=5),
+    budget=st.integers(1, 400),
+)
+def test_micro_batches_keep_to_their_budget_and_groups_together(
+    policy: Policy, made: list[Sample], groups: list[list[int]], budget: int
+) -> None:
+    method = build("cppo")
+    samples = [
+        replace(made[number % 6], prompt=replace(made[number % 6].prompt), ids=torch.ones(1).long())
+        for number in range(len(groups))
+    ]
+    samples = [
+        replace(sample, ids=torch.ones(length, dtype=torch.long))
+        for sample, lengths in zip(samples, groups, strict=True)
+        for length in lengths
+    ]
+    cut = updater(make_scorer(policy), method, budget)._cut(samples, method.views)
+    assert sorted(id(s) for batch in cut for s in batch) == sorted(map(id, samples))
+    for batch in cut:
+        assert len(batch) == 1 or _tokens(batch, method.views) <= budget
+    for prompt in {sample.prompt for sample in samples}:
+        group = [sample for sample in samples if sample.prompt is prompt]
+        if _tokens(group, method.views) <= budget:
+            assert sum(any(s.prompt is prompt for s in batch) for batch in cut) == 1
 
 
 def test_a_method_without_views_scores_nothing_ahead(policy: Policy) -> None:

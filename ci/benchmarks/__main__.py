@@ -44,8 +44,7 @@ def main() -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "backend": found.name,
         "threads": given.threads,
-        "environment": describe(backend)
-        | {name: version(name) for name in ("trl", "liger-kernel")},
+        "environment": describe(backend) | {"trl": version("trl")},
         "rows": [],
     }
     for section in wanted:

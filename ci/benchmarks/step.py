@@ -1,6 +1,7 @@
 """A whole step, rollout included, of `cppo train` and TRL's trainer: time, and what passes through.
 
-Both sample with transformers in the same process, from the same weights, on the same questions.
+Both sample with transformers in the same process, from the same weights, on the same pictures, in
+float32 with SDPA; ours all steps first, then TRL's.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ RESPONSES = 8
 SHAPES = ((24, 128), (16, 128), (16, 256))  # side of the image in tokens, response tokens
 IMAGES, TOKENS = (
     "images through the vision tower",
-    "tokens through the language model, sampling aside",
+    "tokens through the language model, decoding aside",
 )
 OURS, PEER = "cppo, three views", "TRL's GRPO, one view"
 
@@ -133,6 +134,8 @@ def _ours(name: str, folder: Path, repeats: int, response: int) -> tuple[list[fl
         reward=f"{__name__}:odd",
         steps=repeats + 1,
         backend=name,
+        precision="float32",
+        attention="sdpa",
         checkpoint_every=0,
         policy=PolicyConfig(max_prompt_tokens=4096),
         rollout=RolloutConfig(prompts=1, responses=RESPONSES, max_new_tokens=response),

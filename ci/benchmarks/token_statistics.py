@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 from measure import Row, compare, extra_bytes
@@ -68,7 +69,7 @@ def measure(
         "TRL's chunked": trls,
         "whole logits": materialised,
     }
-    if backend.device != "cpu":  # Liger's kernels need Triton
+    if backend.device != "cpu" and find_spec("liger_kernel"):  # needs Triton: pip install --no-deps
         kernels["Liger's fused"] = ligers
     what = f"token statistics, T {tokens}, V {vocabulary}, D {hidden}, {str(dtype)[6:]}"
     on_cpu = backend.device == "cpu"

@@ -35,7 +35,7 @@ def examine(given: Examination) -> Iterator[Finding]:
             yield from case.compare(name, name, given.device)
         if "sdpa" in given.backend.attention:
             yield from _kernels(case, given.device)
-            yield from _in_groups("sdpa", scaled_dot_product_attention, dtype, given.device)
+        yield from _in_groups("sdpa", scaled_dot_product_attention, dtype, given.device)
         yield from _in_groups("eager", eager_attention, dtype, given.device)
 
 

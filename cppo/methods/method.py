@@ -24,9 +24,10 @@ class View:
 
     `draw` says how often one of `perturbations` is drawn: "image", anew for each image each time
     its item is read; "item", once for all images of an item and for good. `gradient`: the loss
-    differentiates through this view. `detects`: `plan` reads this view (it is then scored before
-    the loss). `positive_only`: only responses with a positive advantage are scored; for the others
-    the view's tensors hold zeros.
+    differentiates through this view. `detects`: `plan` reads this view, and the image as it is, of
+    the responses that it is scored for; they are then scored before the loss. A plan reads no
+    scores of other responses: they may be zero. `positive_only`: only responses with a positive
+    advantage are scored; for the others the view's tensors hold zeros.
     """
 
     name: str

@@ -12,6 +12,7 @@ T of the longest response; H query heads, h key and value heads (H is a multiple
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +88,15 @@ class _Move(torch.autograd.Function):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Span:
+    """Responses one after the other whose prompts are of one length: they attend alike."""
+
+    rows: slice
+    prompt: int  # length
+    visible: Tensor  # (1, 1, T, prompt + T) bool: what a response attends to, its prompt first
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Layout:
     """Prompts, then responses, in a packed sequence."""
 
@@ -94,7 +104,7 @@ class Layout:
     responses: Pieces
     split: int  # where responses begin
     group: Tensor  # (R,) the prompt that a response belongs to
-    visible: Tensor  # (R or 1, 1, T, P + T) bool: what a response attends to, its prompt first
+    spans: tuple[Span, ...]  # of the responses, in order
 
     @staticmethod
     def of(
@@ -107,16 +117,25 @@ class Layout:
         contexts = Pieces.of(prompts, device)
         own = Pieces.of([length for lengths in responses for length in lengths], device)
         width = own.mask.shape[1]
-        # Nothing reads what lies past a response's end, so that only prompts' ends need a mask.
-        ends = contexts.mask[:1] if contexts.to_rows is None else contexts.mask[group]
-        causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
-        visible = [ends[:, None].expand(-1, width, -1), causal.expand(len(ends), -1, -1)]
+        spans, start = [], 0
+        for length, members in itertools.groupby(prompts[number] for number in group):
+            stop = start + len(list(members))
+            # All of the prompt, oneself causally; nothing reads what lies past a response's end.
+            visible = torch.ones(width, length + width, dtype=torch.bool, device=device)
+            spans.append(
+                Span(
+                    rows=slice(start, stop),
+                    prompt=length,
+                    visible=visible.tril(length)[None, None],
+                )
+            )
+            start = stop
         return Layout(
             prompts=contexts,
             responses=own,
             split=sum(prompts),
             group=torch.tensor(group, device=device),
-            visible=torch.cat(visible, dim=-1)[:, None],
+            spans=tuple(spans),
         )
 
 
@@ -158,18 +177,26 @@ def attend_in_groups(
     # Queries that share a key head follow each other in one long row: no key is repeated for them,
     # and kernels that take a mask but no grouped heads will do.
     shared, width = heads // key_heads, responses.mask.shape[1]
-    attended_responses = kernel(
-        own_query.reshape(-1, key_heads, shared * width, size),
-        torch.cat([prompt_key[layout.group], own_key], dim=2),
-        torch.cat([prompt_value[layout.group], own_value], dim=2),
-        attn_mask=layout.visible.repeat(1, 1, shared, 1),
-        scale=scale,
-    ).reshape(-1, heads, width, size)
-    attended = [
+    attended_responses = []
+    for span in layout.spans:
+        contexts = layout.group[span.rows]
+        keys, values = (
+            torch.cat([prompt[contexts, :, : span.prompt], own[span.rows]], dim=2)
+            for prompt, own in ((prompt_key, own_key), (prompt_value, own_value))
+        )
+        attended = kernel(
+            own_query[span.rows].reshape(-1, key_heads, shared * width, size),
+            keys,
+            values,
+            attn_mask=span.visible.repeat(1, 1, shared, 1),
+            scale=scale,
+        )
+        attended_responses.append(attended.reshape(-1, heads, width, size))
+    parts_of_sequence = [
         prompts.unpad(attended_prompts.transpose(1, 2)),
-        responses.unpad(attended_responses.transpose(1, 2)),
+        responses.unpad(torch.cat(attended_responses).transpose(1, 2)),
     ]
-    return torch.cat(attended)[None]
+    return torch.cat(parts_of_sequence)[None]
 
 
 def name_of(attention: str) -> str:

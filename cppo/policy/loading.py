@@ -44,7 +44,8 @@ class Policy:
         if others := kinds - {"full_attention"}:
             raise ValueError(
                 f"model {self.source!r} has layers of {', '.join(sorted(others))}, and responses "
-                "could not see the whole of their prompt: load it with use_sliding_window false"
+                "could not see the whole of their prompt: set use_sliding_window to false in its "
+                "config.json"
             )
         config._attn_implementation = groups.name_of(self.attention)
 
@@ -91,7 +92,12 @@ class Policy:
 
     @contextlib.contextmanager
     def in_rows(self) -> Iterator[None]:
-        """Sequences side by side, as transformers has them, and no groups: to sample from."""
+        """Sequences side by side, as transformers has them, and no groups: to sample from.
+
+        Groups are what a policy is otherwise set to, since checkpointing recomputes a forward
+        within the backward. So no backward belongs in here, and a plain call of the model nowhere
+        else.
+        """
         config = self._language.config
         before, config._attn_implementation = config._attn_implementation, self.attention
         try:

@@ -95,11 +95,11 @@ class _Batch:
 
 
 def _grouped(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows that share prompt and pixels, in order of their first."""
+    """Rows that share prompt and pixels; prompts of one length follow each other."""
     groups: dict[tuple[int, int], list[Row]] = {}
     for row in rows:
         groups.setdefault((id(row.prompt), id(row.pixels)), []).append(row)
-    return list(groups.values())
+    return sorted(groups.values(), key=lambda group: len(group[0].prompt.ids))
 
 
 def _pack(groups: Sequence[Sequence[Row]], device: torch.device) -> _Batch:
