@@ -14,12 +14,14 @@ import pytest
 import torch
 from families import FAMILIES, ITEMS, make_item, make_prompt, save_family
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from cppo.builtin.policy import SPECIAL
 from cppo.data import load as load_data
 from cppo.device import choose
 from cppo.policy import Policy, Prompt, Row, Scorer, encode_item, load
 from cppo.rollout import Response, Sampling, generate
+from cppo.rollout.cache import ROOM, GroupCache
 from cppo.rollout.transformers import _nucleus
 
 
@@ -127,8 +129,67 @@ def test_groups_sampled_side_by_side_are_prefilled_once_each(policy: Policy) -> 
     with counted(policy) as (patches, positions):
         sample(policy, prompts, responses=4, max_new_tokens=3)
     assert patches == [sum(len(prompt.pixels) for prompt in prompts)]
-    longest = max(len(prompt.ids) for prompt in prompts)
-    assert positions == [len(prompts) * longest, 4 * len(prompts), 4 * len(prompts)]
+    together = sum(len(prompt.ids) for prompt in prompts)  # without padding
+    assert positions == [together, 4 * len(prompts), 4 * len(prompts)]
+
+
+def test_a_prompts_keys_are_held_once_for_its_group_and_go_with_its_last_response() -> None:
+    cache = GroupCache([3, 7], responses=4)
+    ask(cache, 10)
+    (held,) = cache._layers.values()
+    assert held.prompt_keys.shape == (2, 2, 7, 8)
+    assert held.keys.shape == (8, 2, ROOM, 8)
+    cache.keep(torch.tensor([0, 2, 5]))
+    assert (len(held.prompt_keys), len(held.keys)) == (2, 3)
+    second = held.prompt_keys[1].clone()
+    cache.keep(torch.tensor([2]))
+    assert torch.equal(held.prompt_keys[0], second)
+    assert len(held.prompt_keys) == len(held.keys) == 1
+
+
+def test_attention_goes_on_when_the_room_for_responses_is_used_up() -> None:
+    """More tokens than a layer begins with room for, against attention over all of them at once;
+    one prompt is padded, and rows end meanwhile."""
+    generator = torch.Generator().manual_seed(0)
+    lengths, responses, tokens = [3, 7], 3, 2 * ROOM + 9
+    cache, alive = GroupCache(lengths, responses=responses), list(range(6))
+    prompt_keys, prompt_values = ask(cache, sum(lengths), generator)
+    keys, values = (torch.randn(6, 2, tokens, 8, generator=generator) for _ in range(2))
+    for token in range(tokens):
+        cache.advance()
+        query = torch.randn(6, 4, 1, 8, generator=generator)
+        found = cache.attend(
+            query[alive],
+            *(tensor[alive, :, token : token + 1] for tensor in (keys, values)),
+            layer=0,
+            scale=0.3,
+            kernel=scaled_dot_product_attention,
+        )
+        for attended, row in zip(found, alive, strict=True):
+            mine = slice(0, 3) if row < responses else slice(3, 10)
+            true = scaled_dot_product_attention(
+                query[row],
+                torch.cat([prompt_keys[0][:, mine], keys[row, :, : token + 1]], dim=1),
+                torch.cat([prompt_values[0][:, mine], values[row, :, : token + 1]], dim=1),
+                scale=0.3,
+                enable_gqa=True,
+            )
+            torch.testing.assert_close(attended, true.transpose(0, 1), atol=1e-5, rtol=1e-5)
+        for end, row in ((20, 4), (ROOM + 3, 0), (ROOM + 4, 2), (ROOM + 5, 1)):
+            if token == end:
+                cache.keep(torch.tensor([n for n, other in enumerate(alive) if other != row]))
+                alive.remove(row)
+
+
+def ask(
+    cache: GroupCache, length: int, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """The first pass: 4 query heads, 2 of keys and values, 8 wide."""
+    query, key, value = (
+        torch.randn(1, heads, length, 8, generator=generator) for heads in (4, 2, 2)
+    )
+    cache.attend(query, key, value, layer=0, scale=0.3, kernel=scaled_dot_product_attention)
+    return key, value
 
 
 # --- what is sampled ---------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -138,6 +138,12 @@ class Layout:
             spans=tuple(spans),
         )
 
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, layer: int, scale: float, kernel: Kernel
+    ) -> Tensor:
+        """Every layer alike."""
+        return attend_in_groups(query, key, value, self, scale=scale, kernel=kernel)
+
 
 def attend_in_groups(
     query: Tensor,
@@ -199,6 +205,15 @@ def attend_in_groups(
     return torch.cat(parts_of_sequence)[None]
 
 
+class Attending(Protocol):
+    """What stands for a layer's attention: `Layout` in scoring, a cache in sampling."""
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, layer: int, scale: float, kernel: Kernel
+    ) -> Tensor:
+        """`query` (B, H, L, D), `key` and `value` (B, h, L, D). Returns (B, L, H, D)."""
+
+
 def name_of(attention: str) -> str:
     """The name by which transformers knows attention in groups, for a policy of this attention.
 
@@ -217,11 +232,13 @@ def name_of(attention: str) -> str:
         value: Tensor,
         attention_mask: Tensor | None,
         *,
-        layout: Layout,
+        layout: Attending,
         scaling: float,
         **options: Any,
     ) -> tuple[Tensor, None]:
-        attended = attend_in_groups(query, key, value, layout, scale=scaling, kernel=kernel)
+        attended = layout.attend(
+            query, key, value, layer=module.layer_idx, scale=scaling, kernel=kernel
+        )
         return attended, None
 
     AttentionInterface.register(name, forward)

@@ -1,24 +1,23 @@
 """Rollouts in process, on the transformers model itself.
 
-A group shares its prompt: images are encoded once and the prompt is run once, then the cache is
-copied for each response of the group.
+A group shares its prompt: images are encoded once, the prompt is run once, and its keys and values
+are held once (see `cache`).
 
-Shapes: P prompts, S sequences being sampled, L prompt positions (left-padded), V vocabulary.
+Shapes: P prompts, S sequences being sampled, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from cppo.policy.loading import Policy
 from cppo.policy.prompts import Prompt
 from cppo.policy.scoring import Row, encode_images
+from cppo.rollout.cache import GroupCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +48,7 @@ def generate(
     step = max(1, sampling.batch_responses // sampling.responses)
     for start in range(0, len(prompts), step):
         # A generator that yielded within would leave its caller without gradients meanwhile.
-        with policy.evaluating(), policy.in_rows():
+        with policy.evaluating():
             groups = _sample(policy, prompts[start : start + step], sampling, generator)
         yield from groups
 
@@ -58,14 +57,13 @@ def _sample(
     policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, generator: torch.Generator
 ) -> list[list[Response]]:
     device, repeats = policy.device, sampling.responses
-    hidden, cache, mask = _prefill(policy, prompts)
-    cache.batch_repeat_interleave(repeats)
-    hidden = hidden.repeat_interleave(repeats, dim=0)
-    mask = None if mask is None else mask.repeat_interleave(repeats, dim=0)
+    cache = GroupCache([len(prompt.ids) for prompt in prompts], repeats, device)
+    hidden = _prefill(policy, prompts, cache).repeat_interleave(repeats, dim=0)
     position = torch.tensor([prompt.next_position for prompt in prompts], device=device)
     position = position.repeat_interleave(repeats)
     axes = prompts[0].positions.shape[0]
     ends = torch.tensor(policy.eos, device=device)
+    forbidden = torch.tensor(policy.family.forbidden, device=device)
 
     count = len(prompts) * repeats
     alive = torch.arange(count, device=device)
@@ -75,7 +73,8 @@ def _sample(
     finished = torch.zeros(count, dtype=torch.bool, device=device)
 
     for step in range(sampling.max_new_tokens):
-        token, logprob = _draw(policy, hidden, sampling, generator)
+        logits = (hidden @ policy.head.T).float()
+        token, logprob = _draw(logits, forbidden, sampling, generator)
         ids[alive, step], logprobs[alive, step] = token, logprob
         going = ~torch.isin(token, ends)
         if not going.all():
@@ -83,21 +82,19 @@ def _sample(
             lengths[stopped], finished[stopped] = step + 1, True
             kept = going.nonzero()[:, 0]
             alive, token, position = alive[kept], token[kept], position[kept]
-            mask = None if mask is None else mask[kept]
             if len(alive):
-                cache.batch_select_indices(kept)
+                cache.keep(kept)
         if not len(alive) or step + 1 == sampling.max_new_tokens:
             break
-        mask = None if mask is None else pad(mask, (0, 1), value=1)
+        cache.advance()
         hidden = policy.family.hidden_states(
             policy.base,
             token[:, None],
             position.expand(axes, 1, -1).transpose(1, 2),
             None,
             None,
-            past_key_values=cache,
-            attention_mask=mask,
-            use_cache=True,
+            use_cache=False,
+            layout=cache,
         ).last_hidden_state[:, -1]
         position = position + 1
 
@@ -113,41 +110,33 @@ def _sample(
     return [responses[start : start + repeats] for start in range(0, count, repeats)]
 
 
-def _prefill(policy: Policy, prompts: Sequence[Prompt]) -> tuple[Tensor, Any, Tensor | None]:
-    """Runs each prompt once. Returns the last hidden states (P, D), the cache and the mask."""
+def _prefill(policy: Policy, prompts: Sequence[Prompt], cache: GroupCache) -> Tensor:
+    """Runs each prompt once, packed. Returns the last hidden state of each, (P, D)."""
     device = policy.device
-    longest = max(len(prompt.ids) for prompt in prompts)
-    gaps = [longest - len(prompt.ids) for prompt in prompts]
-
-    def lined_up(tensors: Sequence[Tensor]) -> Tensor:
-        padded = [pad(tensor, (gap, 0)) for tensor, gap in zip(tensors, gaps, strict=True)]
-        return torch.stack(padded).to(device)
-
-    mask = lined_up([torch.ones_like(prompt.ids) for prompt in prompts])
+    ends = torch.tensor([len(prompt.ids) for prompt in prompts]).cumsum(0) - 1
     rows = [Row(prompt=p, pixels=p.pixels, response=p.ids[:0]) for p in prompts]
-    output = policy.family.hidden_states(
+    hidden = policy.family.hidden_states(
         policy.base,
-        lined_up([prompt.ids for prompt in prompts]),
-        lined_up([prompt.positions for prompt in prompts]).transpose(0, 1),
-        lined_up([prompt.image_mask for prompt in prompts]),
+        torch.cat([prompt.ids for prompt in prompts])[None].to(device),
+        torch.cat([prompt.positions for prompt in prompts], dim=1)[:, None].to(device),
+        torch.cat([prompt.image_mask for prompt in prompts])[None].to(device),
         encode_images(policy, rows),
-        attention_mask=mask if any(gaps) else None,
-        use_cache=True,
-    )
-    return output.last_hidden_state[:, -1], output.past_key_values, mask if any(gaps) else None
+        use_cache=False,
+        layout=cache,
+    ).last_hidden_state
+    return hidden[0, ends.to(device)]
 
 
 def _draw(
-    policy: Policy, hidden: Tensor, sampling: Sampling, generator: torch.Generator
+    logits: Tensor, forbidden: Tensor, sampling: Sampling, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """One token for each sequence, and its log-probability. Visual placeholders are never drawn."""
-    logits = (hidden @ policy.head.T).float()
+    """One token for each row of logits (S, V), and its log-probability; of `forbidden` none."""
     logprobs = (logits / (sampling.temperature or 1.0)).log_softmax(-1)
-    allowed = logprobs.clone()
-    allowed[:, list(policy.family.forbidden)] = -torch.inf
     if sampling.temperature == 0:
-        token = allowed.argmax(-1)
+        token = logprobs.index_fill(1, forbidden, -torch.inf).argmax(-1)
     else:
+        # What is allowed has all the mass, however little that is.
+        allowed = logprobs.index_fill(1, forbidden, -torch.inf)
         probabilities = allowed.softmax(-1)
         if sampling.top_p < 1:
             probabilities = _nucleus(probabilities, sampling.top_p)

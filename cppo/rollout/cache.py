@@ -1,0 +1,130 @@
+"""Keys and values while responses are sampled: a prompt's once for its group, a response's its own.
+
+Neither is ever copied from step to step, and no prompt is repeated for its responses: a token of a
+group's responses attends to their prompt as one more row of queries.
+
+Shapes: P prompts, S responses, L of the longest prompt, t tokens sampled so far; H query heads, h
+key and value heads (H is a multiple of h), D of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cppo.policy.groups import Kernel, Pieces
+
+ROOM = 64  # tokens of each response that a layer begins with; doubled whenever they are used up
+
+
+@dataclass(kw_only=True, eq=False)
+class _Held:
+    """What a layer holds. Of `keys` and `values` the first t places are in use."""
+
+    prompt_keys: Tensor  # (P, h, L, D)
+    prompt_values: Tensor
+    keys: Tensor  # (S, h, room, D)
+    values: Tensor
+
+
+class GroupCache:
+    """Stands for attention (see `cppo.policy.groups.Attending`): in a first pass over the packed
+    prompts, and then in one for each token."""
+
+    def __init__(
+        self, lengths: Sequence[int], responses: int, device: torch.device | str = "cpu"
+    ) -> None:
+        """For prompts of these lengths, with as many `responses` each."""
+        self._prompts = Pieces.of(lengths, device)
+        self._group = torch.arange(len(lengths)).repeat_interleave(responses)  # (S,)
+        self._layers: dict[int, _Held] = {}
+        self._sampled = 0
+        self._line_up()
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, layer: int, scale: float, kernel: Kernel
+    ) -> Tensor:
+        if layer not in self._layers:
+            return self._attend_prompts(query, key, value, layer, scale, kernel)
+        return self._attend_responses(query, key, value, layer, scale)
+
+    def advance(self) -> None:
+        """To be called before each pass over the next token of all responses."""
+        self._sampled += 1
+
+    def keep(self, rows: Tensor) -> None:
+        """Lets go of all responses but these (indices in order), and of prompts without any."""
+        left, self._group = self._group[rows.cpu()].unique(return_inverse=True)
+        prompts = left.to(rows.device)
+        fewer = len(prompts) < len(self._prompts.mask)
+        if fewer:
+            self._prompts = Pieces.of(self._prompts.mask.sum(1)[prompts].tolist(), rows.device)
+        longest = self._prompts.mask.shape[1]
+        for held in self._layers.values():
+            held.keys, held.values = held.keys[rows], held.values[rows]
+            if fewer:
+                held.prompt_keys = held.prompt_keys[prompts, :, :longest]
+                held.prompt_values = held.prompt_values[prompts, :, :longest]
+        self._line_up()
+
+    def _line_up(self) -> None:
+        """Responses by prompt, side by side."""
+        device = self._prompts.mask.device
+        self._members = Pieces.of(self._group.bincount().tolist(), device)
+        padding = ~self._prompts.mask[:, None, None, None]  # (P, 1, 1, 1, L)
+        self._padding = padding if padding.any() else None
+
+    def _attend_prompts(
+        self, query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float, kernel: Kernel
+    ) -> Tensor:
+        """Of all prompts, causally: (1, H, all positions, D) to (1, all positions, H, D)."""
+        queries, keys, values = (
+            self._prompts.pad(tensor[0].transpose(0, 1)).transpose(1, 2)
+            for tensor in (query, key, value)
+        )
+        empty = keys.new_empty(len(self._group), keys.shape[1], ROOM, keys.shape[3])
+        self._layers[layer] = _Held(
+            prompt_keys=keys.contiguous(),
+            prompt_values=values.contiguous(),
+            keys=empty,
+            values=torch.empty_like(empty),
+        )
+        grouped = query.shape[1] != key.shape[1]
+        attended = kernel(queries, keys, values, is_causal=True, scale=scale, enable_gqa=grouped)
+        return self._prompts.unpad(attended.transpose(1, 2))[None]
+
+    def _attend_responses(
+        self, query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float
+    ) -> Tensor:
+        """Of the newest token of each response, (S, H, 1, D) to (S, 1, H, D)."""
+        held, now = self._layers[layer], self._sampled
+        if now > held.keys.shape[2]:
+            held.keys, held.values = (
+                torch.cat([tensor, torch.empty_like(tensor)], dim=2)
+                for tensor in (held.keys, held.values)
+            )
+        held.keys[:, :, now - 1], held.values[:, :, now - 1] = key[:, :, 0], value[:, :, 0]
+        keys, values = held.keys[:, :, :now], held.values[:, :, :now]
+        queries = (query * scale).view(len(query), key.shape[1], -1, query.shape[3])
+        to_own = queries @ keys.transpose(2, 3)  # (S, h, H / h, t)
+        to_prompt = self._by_response(self._by_prompt(queries) @ held.prompt_keys.transpose(2, 3))
+        weights = torch.cat([to_prompt, to_own], dim=3).softmax(3, dtype=torch.float32)
+        on_prompt, on_own = weights.to(query.dtype).split([to_prompt.shape[3], now], dim=3)
+        attended = on_own @ values + self._by_response(
+            self._by_prompt(on_prompt) @ held.prompt_values, scores=False
+        )
+        return attended.reshape(len(query), 1, query.shape[1], query.shape[3])
+
+    def _by_prompt(self, rows: Tensor) -> Tensor:
+        """(S, h, H / h, .) to (P, h, responses * H / h, .)."""
+        return self._members.pad(rows).transpose(1, 2).flatten(2, 3)
+
+    def _by_response(self, rows: Tensor, *, scores: bool = True) -> Tensor:
+        """And back; of `scores`, those of a prompt's padding are no longer finite."""
+        grid = rows.unflatten(2, (self._members.mask.shape[1], -1))
+        if scores and self._padding is not None:
+            grid = grid.masked_fill(self._padding, -torch.inf)
+        return self._members.unpad(grid.transpose(1, 2))
