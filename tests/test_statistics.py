@@ -12,16 +12,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import cppo.statistics
-from cppo.statistics import chunked_token_statistics, token_statistics
+from cppo.statistics import chunked_token_statistics, token_divergence, token_statistics
 
 pytestmark = [pytest.mark.device, pytest.mark.usefixtures("tensors_on_device")]
 seeds = st.integers(0, 2**31 - 1)
 
 
+def set_block(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(cppo.statistics, "VOCABULARY_BLOCK", size)
+    monkeypatch.setattr(cppo.statistics, "VOCABULARY_BLOCK_ON_CPU", size)
+
+
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several vocabulary blocks, the last one cut short, at sizes a test can afford."""
-    monkeypatch.setattr(cppo.statistics, "VOCABULARY_BLOCK", 7)
+    set_block(monkeypatch, 7)
 
 
 def random_inputs(
@@ -296,7 +301,7 @@ def test_no_allocation_grows_with_the_vocabulary_or_with_tokens_times_it(
     train_weight: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     block, chunk_tokens, D = 128, 32, 16
-    monkeypatch.setattr(cppo.statistics, "VOCABULARY_BLOCK", block)
+    set_block(monkeypatch, block)
     for T, V in ((64, 512), (256, 512), (64, 1024), (256, 1024)):
         # Neither the logits nor a float32 copy of the weight, (V, D), or of its gradient.
         limit = max(chunk_tokens * block, T * D)
@@ -331,3 +336,93 @@ def test_errors_say_what_was_given_and_what_to_pass(
             torch.zeros(targets, dtype=torch.long),
             **options,
         )
+
+
+# --- divergence over the whole vocabulary --------------------------------------------------------
+
+
+def materialised_divergence(hidden_TD: Tensor, other_TD: Tensor, weight_VD: Tensor) -> Tensor:
+    logprobs_TV, others_TV = ((x @ weight_VD.T).log_softmax(-1) for x in (hidden_TD, other_TD))
+    return (logprobs_TV.exp() * (logprobs_TV - others_TV)).sum(-1)
+
+
+def divergence_and_gradients(function: Any, *inputs: Tensor) -> list[Tensor]:
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    divergence_T = function(*leaves)
+    ramp_T = torch.linspace(-1, 2, len(divergence_T), dtype=divergence_T.dtype)
+    return [divergence_T.detach(), *torch.autograd.grad((ramp_T * divergence_T).sum(), leaves)]
+
+
+def two_views(seed: int, T: int, V: int, D: int, dtype: torch.dtype, scale: float = 1.0) -> Any:
+    hidden_TD, weight_VD, _ = random_inputs(seed, T, V, D, dtype, scale)
+    other_TD, _, _ = random_inputs(seed + 1, T, V, D, dtype, scale)
+    return hidden_TD, hidden_TD + 0.3 * other_TD, weight_VD
+
+
+def test_divergence_of_a_hand_worked_token() -> None:
+    # Probabilities 1/8, 2/8, 5/8 against 1/3 each.
+    hidden_TD, weight_VD = torch.eye(1).double(), torch.tensor([[1.0], [2.0], [5.0]]).double().log()
+    found_T = token_divergence(hidden_TD, torch.zeros(1, 1).double(), weight_VD)
+    expected = sum(p * math.log(3 * p) for p in (1 / 8, 2 / 8, 5 / 8))
+    assert found_T.item() == pytest.approx(expected, abs=1e-14)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@settings(max_examples=10, deadline=None)
+@given(seed=seeds, chunk_tokens=st.integers(1, 12))
+def test_divergence_in_float64_equals_the_materialised_truth(seed: int, chunk_tokens: int) -> None:
+    inputs = two_views(seed, 9, 25, 5, torch.float64)
+    actual = divergence_and_gradients(
+        lambda *args: token_divergence(*args, chunk_tokens=chunk_tokens), *inputs
+    )
+    for a, t in zip(
+        actual, divergence_and_gradients(materialised_divergence, *inputs), strict=True
+    ):
+        torch.testing.assert_close(a, t, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("trained", [(True, True, True), (True, False, False), (False, True, True)])
+def test_gradients_of_divergence_are_the_finite_differences(trained: tuple[bool, ...]) -> None:
+    inputs = two_views(0, 4, 16, 3, torch.float64)
+    for tensor, wanted in zip(inputs, trained, strict=True):
+        tensor.requires_grad_(wanted)
+    assert torch.autograd.gradcheck(
+        lambda *args: token_divergence(*args, temperature=0.7, chunk_tokens=2), inputs
+    )
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 10.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_divergence_errs_no_more_than_the_materialised_float32(
+    scale: float, dtype: torch.dtype
+) -> None:
+    inputs = two_views(1, 33, 9_000, 16, dtype, scale)
+    truth = divergence_and_gradients(materialised_divergence, *(x.double() for x in inputs))
+    plain = divergence_and_gradients(materialised_divergence, *(x.float() for x in inputs))
+    actual = divergence_and_gradients(token_divergence, *inputs)
+    rounding = 0 if dtype == torch.float32 else 2**-8  # of gradients, to their inputs' type
+    for number, (a, p, t) in enumerate(zip(actual, plain, truth, strict=True)):
+        largest = t.abs().max().item()
+        tolerance = 1e-6 * (1 + largest) + (rounding * largest if number else 0)
+        assert largest_error(a, t) <= largest_error(p, t) + tolerance
+
+
+def test_divergence_is_zero_between_equals_and_left_out_tokens_move_no_gradient() -> None:
+    hidden_TD, other_TD, weight_VD = two_views(3, 5, 12, 3, torch.float64)
+    assert token_divergence(hidden_TD, hidden_TD, weight_VD).abs().max() < 1e-14
+    kept_T = torch.tensor([True, True, False, True, False])
+
+    def gradients(fill: float) -> tuple[Tensor, ...]:
+        leaves = [torch.where(kept_T[:, None], x, fill) for x in (hidden_TD, other_TD)]
+        leaves = [leaf.requires_grad_() for leaf in [*leaves, weight_VD.clone()]]
+        loss = torch.where(kept_T, token_divergence(*leaves), 0.0).sum()
+        return torch.autograd.grad(loss, leaves)
+
+    for a, b in zip(gradients(math.nan), gradients(0.0), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_divergence_of_unequal_shapes_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"other_TD \(3, 3\) do not fit: pass \(T, D\) twice"):
+        token_divergence(torch.zeros(2, 3), torch.zeros(3, 3), torch.zeros(5, 3))

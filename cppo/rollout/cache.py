@@ -57,7 +57,7 @@ class GroupCache:
 
     def keep(self, rows: Tensor) -> None:
         """Lets go of all responses but these (indices in order), and of prompts without any."""
-        left, self._group = self._group[rows.cpu()].unique(return_inverse=True)
+        left, self._group = torch.unique(self._group[rows.cpu()], return_inverse=True)
         prompts = left.to(rows.device)
         fewer = len(prompts) < len(self._prompts.mask)
         if fewer:
@@ -112,8 +112,10 @@ class GroupCache:
         to_own = queries @ keys.transpose(2, 3)  # (S, h, H / h, t)
         to_prompt = self._by_response(self._by_prompt(queries) @ held.prompt_keys.transpose(2, 3))
         weights = torch.cat([to_prompt, to_own], dim=3).softmax(3, dtype=torch.float32)
-        on_prompt, on_own = weights.to(query.dtype).split([to_prompt.shape[3], now], dim=3)
-        attended = on_own @ values + self._by_response(
+        longest = to_prompt.shape[3]
+        weights = weights.to(query.dtype)
+        on_prompt, on_own = weights[..., :longest], weights[..., longest:]
+        attended: Tensor = on_own @ values + self._by_response(
             self._by_prompt(on_prompt) @ held.prompt_values, scores=False
         )
         return attended.reshape(len(query), 1, query.shape[1], query.shape[3])
@@ -124,7 +126,7 @@ class GroupCache:
 
     def _by_response(self, rows: Tensor, *, scores: bool = True) -> Tensor:
         """And back; of `scores`, those of a prompt's padding are no longer finite."""
-        grid = rows.unflatten(2, (self._members.mask.shape[1], -1))
+        grid = rows.view(*rows.shape[:2], self._members.mask.shape[1], -1, rows.shape[3])
         if scores and self._padding is not None:
             grid = grid.masked_fill(self._padding, -torch.inf)
         return self._members.unpad(grid.transpose(1, 2))

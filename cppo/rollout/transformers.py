@@ -115,7 +115,7 @@ def _prefill(policy: Policy, prompts: Sequence[Prompt], cache: GroupCache) -> Te
     device = policy.device
     ends = torch.tensor([len(prompt.ids) for prompt in prompts]).cumsum(0) - 1
     rows = [Row(prompt=p, pixels=p.pixels, response=p.ids[:0]) for p in prompts]
-    hidden = policy.family.hidden_states(
+    output = policy.family.hidden_states(
         policy.base,
         torch.cat([prompt.ids for prompt in prompts])[None].to(device),
         torch.cat([prompt.positions for prompt in prompts], dim=1)[:, None].to(device),
@@ -123,8 +123,9 @@ def _prefill(policy: Policy, prompts: Sequence[Prompt], cache: GroupCache) -> Te
         encode_images(policy, rows),
         use_cache=False,
         layout=cache,
-    ).last_hidden_state
-    return hidden[0, ends.to(device)]
+    )
+    hidden: Tensor = output.last_hidden_state[0, ends.to(device)]
+    return hidden
 
 
 def _draw(
