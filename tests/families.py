@@ -6,37 +6,122 @@ picture moves a log-probability by less than the tolerances the tests use.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from cppo.builtin.policy import SPECIAL
 from cppo.data import Item
-from cppo.policy import Policy, Prompt, encode_item
+from cppo.policy import Policy, Prompt, Row, encode_item
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = (*QWEN, "internvl")
 PATCH_SIZES = {"qwen2_vl": 14, "qwen2_5_vl": 14, "qwen3_vl": 16}
 LIMITS = {"min_pixels": 32 * 32, "max_pixels": 192 * 192}
+# What a chat template writes for an image, and the further special tokens, by their names.
+PLACEHOLDERS = {"internvl": "<IMG_CONTEXT>\n"}
+MARKS = {
+    "internvl": {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    },
+}
+# What transformers' processor is saved with, besides its parts.
+PROCESSORS: dict[str, dict[str, Any]] = {"internvl": {"image_seq_length": 4}}
 
 
 def save_family(name: str, folder: Path, tokenizer: Any) -> Path:
     """Writes model, tokenizer and image processor of the family `name` in Hugging Face format."""
-    from transformers import Qwen2VLImageProcessorPil
-
-    model = _build(name, tokenizer)
+    tokenizer = adapt_tokenizer(name, tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        model = _build(name, tokenizer)
+        randomise(model)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    image_processor = Qwen2VLImageProcessorPil(patch_size=PATCH_SIZES[name], **LIMITS)
-    for part in (model, tokenizer, image_processor):
+    for part in (model, tokenizer, _image_processor(name)):
         part.save_pretrained(folder)
+    if name in PROCESSORS:
+        (folder / "processor_config.json").write_text(json.dumps(PROCESSORS[name]))
     return folder
 
 
+def adapt_tokenizer(name: str, tokenizer: Any) -> Any:
+    """The built-in policy's tokenizer with the special tokens and the template of a family."""
+    if name in QWEN:
+        return tokenizer
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    assert image in tokenizer.chat_template
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()),
+        eos_token=tokenizer.eos_token,
+        pad_token=tokenizer.pad_token,
+        chat_template=tokenizer.chat_template.replace(image, PLACEHOLDERS[name]),
+        extra_special_tokens=MARKS[name],
+    )
+
+
+def _image_processor(name: str) -> Any:
+    import transformers
+
+    if name in QWEN:
+        return transformers.Qwen2VLImageProcessorPil(patch_size=PATCH_SIZES[name], **LIMITS)
+    # As saved with real models, tiles are off: the processor turns them on.
+    return transformers.GotOcr2ImageProcessorPil(
+        size={"height": 32, "width": 32}, max_patches=4, crop_to_patches=False
+    )
+
+
 def _build(name: str, tokenizer: Any) -> Any:
+    if name in QWEN:
+        return _build_qwen(name, tokenizer)
+    import transformers
+
+    return transformers.InternVLForConditionalGeneration(
+        transformers.InternVLConfig(
+            text_config={"model_type": "qwen3", "head_dim": 16, **_text(tokenizer)},
+            vision_config={
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": [32, 32],
+                "patch_size": [8, 8],
+            },
+            image_token_id=tokenizer.context_image_token_id,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def _text(tokenizer: Any) -> dict[str, Any]:
+    """A small language model of any kind."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def _build_qwen(name: str, tokenizer: Any) -> Any:
     from transformers import (
         Qwen2_5_VLConfig,
         Qwen2_5_VLForConditionalGeneration,
@@ -75,22 +160,12 @@ def _build(name: str, tokenizer: Any) -> Any:
     }[name]
     ids = {part: tokenizer.convert_tokens_to_ids(token) for part, token in SPECIAL.items()}
     tied = name != "qwen2_vl"  # real models do both
-    text: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
+    text = _text(tokenizer) | {
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": 10_000.0,
             "mrope_section": [4, 2, 2] if name == "qwen3_vl" else [2, 3, 3],
         },
-        "bos_token_id": None,
-        "eos_token_id": ids["end"],
-        "pad_token_id": ids["pad"],
         "tie_word_embeddings": tied,
     }
     if name == "qwen3_vl":
@@ -104,11 +179,7 @@ def _build(name: str, tokenizer: Any) -> Any:
         vision_end_token_id=ids["vision_end"],
         tie_word_embeddings=tied,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(7)
-        model = model_class(config)
-        randomise(model)
-    return model
+    return model_class(config)
 
 
 @torch.no_grad()
@@ -154,4 +225,91 @@ def make_prompt(policy: Policy, item: Item, max_tokens: int = 400) -> Prompt:
 def random_response(policy: Policy, length: int, seed: int) -> Tensor:
     """Ordinary tokens: none of them special."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(len(SPECIAL), len(policy.tokenizer), (length,), generator=generator)
+    return torch.randint(len(SPECIAL), 400, (length,), generator=generator)
+
+
+# --- the truth: transformers' own processor -----------------------------------------------------
+
+
+def true_inputs(folder: Path, item: Item) -> dict[str, Tensor]:
+    """A prompt as transformers' own processor makes it of a chat."""
+    name = json.loads((folder / "config.json").read_text())["model_type"]
+    processor = true_processor(name, folder)
+    content: list[dict[str, Any]] = []
+    for number, text in enumerate((item.question + " Think first.").split("<image>")):
+        content += [{"type": "image"}] * bool(number) + [{"type": "text", "text": text}]
+    text = processor.tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    made = processor(images=[list(item.images)], text=[text], return_tensors="pt")
+    kinds = made.pop("mm_token_type_ids", None)
+    return dict(made) | ({"mm_token_type_ids": kinds} if name in QWEN else {})
+
+
+def continued(inputs: Mapping[str, Tensor], response: Tensor) -> dict[str, Tensor]:
+    """A prompt's inputs with a response after it."""
+    text = torch.zeros_like(response)
+    later = {
+        "input_ids": response,
+        "attention_mask": text + 1,
+        "mm_token_type_ids": text,
+        "token_type_ids": text,
+    }
+    return dict(inputs) | {
+        name: torch.cat([inputs[name], later[name][None]], dim=1)
+        for name in later.keys() & inputs.keys()
+    }
+
+
+def true_pixels(row: Row) -> Tensor:
+    """What a row sees, as transformers' own processor lays it out."""
+    return row.pixels
+
+
+def vision_tower(policy: Policy) -> nn.Module:
+    tower: nn.Module = getattr(policy.base.model, policy.family.vision[0])
+    return tower
+
+
+@contextmanager
+def counted(module: nn.Module) -> Iterator[list[int]]:
+    """The length of what each call of a module is given first, under `with`."""
+    lengths: list[int] = []
+
+    def note(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        lengths.append(len(given[0] if given else named["pixel_values"]))
+
+    hook = module.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield lengths
+    finally:
+        hook.remove()
+
+
+def true_processor(name: str, folder: Path) -> Any:
+    """Of the parts that lie in `folder`, without a video processor, which needs torchvision."""
+    import transformers
+
+    made = {
+        "qwen2_vl": transformers.Qwen2VLProcessor,
+        "qwen2_5_vl": transformers.Qwen2_5_VLProcessor,
+        "qwen3_vl": transformers.Qwen3VLProcessor,
+        "internvl": transformers.InternVLProcessor,
+    }[name]
+
+    class ImagesOnly(made):  # type: ignore[misc, valid-type]
+        def check_argument_for_proper_class(self, name: str, argument: Any) -> type:
+            return type(argument)
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    settings, file = {}, folder / "processor_config.json"
+    if file.exists():
+        settings = json.loads(file.read_text())
+        settings.pop("processor_class", None)
+    return ImagesOnly(
+        image_processor=type(_image_processor(name)).from_pretrained(folder),
+        tokenizer=tokenizer,
+        video_processor=None,
+        chat_template=tokenizer.chat_template,
+        **settings,
+    )

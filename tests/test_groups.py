@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -143,7 +142,7 @@ def test_a_prompt_passes_the_language_model_once_a_view(folder: Path, attention:
     other = rows[0].pixels.clone()
     rows += [Row(prompt=r.prompt, pixels=other, response=r.response) for r in rows[:2]]
     lengths = []
-    hook = policy.base.model.language_model.layers[0].register_forward_pre_hook(
+    hook = policy.language.layers[0].register_forward_pre_hook(
         lambda _, given: lengths.append(given[0].shape[:2])
     )
     Scorer(policy, choose("cpu"), temperature=1.0)(rows)
@@ -151,16 +150,3 @@ def test_a_prompt_passes_the_language_model_once_a_view(folder: Path, attention:
     responses = sum(len(row.response) for row in rows)
     once = sum(prompts.values()) + prompts[id(rows[0].prompt)]
     assert lengths == [(1, once + responses)]
-
-
-def test_a_model_whose_layers_do_not_see_far_enough_is_refused(
-    tokenizer: Any, tmp_path: Path
-) -> None:
-    folder = save_family("qwen2_5_vl", tmp_path / "model", tokenizer)
-    config = json.loads((folder / "config.json").read_text())
-    layers = config["text_config"]["num_hidden_layers"]
-    config["text_config"] |= {"use_sliding_window": True, "sliding_window": 16}
-    config["text_config"]["layer_types"] = ["sliding_attention"] * layers
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"sliding_attention, .* use_sliding_window to false"):
-        load(str(folder), dtype=torch.float32, attention="sdpa")

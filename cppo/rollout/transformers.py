@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from cppo.policy.batch import Row
 from cppo.policy.loading import Policy
 from cppo.policy.prompts import Prompt
-from cppo.policy.scoring import Row, encode_images
+from cppo.policy.scoring import encode_images
 
 
 @dataclass(frozen=True, kw_only=True)

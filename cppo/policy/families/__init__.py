@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from cppo.policy.families.family import Family
+from cppo.policy.families.internvl import InternVL
 from cppo.policy.families.qwen_vl import QwenVL
 
 FAMILIES: dict[str, type[Family]] = {
     "qwen2_vl": QwenVL,
     "qwen2_5_vl": QwenVL,
     "qwen3_vl": QwenVL,
+    "internvl": InternVL,
 }
 
 
