@@ -6,6 +6,7 @@ picture moves a log-probability by less than the tolerances the tests use.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,11 +23,12 @@ from cppo.data import Item
 from cppo.policy import Policy, Prompt, Row, encode_item
 
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-FAMILIES = (*QWEN, "internvl")
+FAMILIES = (*QWEN, "internvl", "gemma3")
+PACKED = tuple(name for name in FAMILIES if name != "gemma3")
 PATCH_SIZES = {"qwen2_vl": 14, "qwen2_5_vl": 14, "qwen3_vl": 16}
 LIMITS = {"min_pixels": 32 * 32, "max_pixels": 192 * 192}
 # What a chat template writes for an image, and the further special tokens, by their names.
-PLACEHOLDERS = {"internvl": "<IMG_CONTEXT>\n"}
+PLACEHOLDERS = {"internvl": "<IMG_CONTEXT>\n", "gemma3": "<start_of_image>"}
 MARKS = {
     "internvl": {
         "start_image_token": "<img>",
@@ -34,9 +36,17 @@ MARKS = {
         "context_image_token": "<IMG_CONTEXT>",
         "video_token": "<video>",
     },
+    "gemma3": {
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+        "image_token": "<image_soft_token>",
+    },
 }
 # What transformers' processor is saved with, besides its parts.
-PROCESSORS: dict[str, dict[str, Any]] = {"internvl": {"image_seq_length": 4}}
+PROCESSORS: dict[str, dict[str, Any]] = {
+    "internvl": {"image_seq_length": 4},
+    "gemma3": {"image_seq_length": 4},
+}
 
 
 def save_family(name: str, folder: Path, tokenizer: Any) -> Path:
@@ -63,8 +73,11 @@ def adapt_tokenizer(name: str, tokenizer: Any) -> Any:
 
     image = "<|vision_start|><|image_pad|><|vision_end|>"
     assert image in tokenizer.chat_template
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    # Runs of newlines are one token, so that those around an image merge with a question's own.
+    backend.add_tokens(["\n\n\n", "\n\n"])
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()),
+        tokenizer_object=backend,
         eos_token=tokenizer.eos_token,
         pad_token=tokenizer.pad_token,
         chat_template=tokenizer.chat_template.replace(image, PLACEHOLDERS[name]),
@@ -77,6 +90,8 @@ def _image_processor(name: str) -> Any:
 
     if name in QWEN:
         return transformers.Qwen2VLImageProcessorPil(patch_size=PATCH_SIZES[name], **LIMITS)
+    if name == "gemma3":
+        return transformers.Gemma3ImageProcessorPil(size={"height": 32, "width": 32})
     # As saved with real models, tiles are off: the processor turns them on.
     return transformers.GotOcr2ImageProcessorPil(
         size={"height": 32, "width": 32}, max_patches=4, crop_to_patches=False
@@ -88,6 +103,23 @@ def _build(name: str, tokenizer: Any) -> Any:
         return _build_qwen(name, tokenizer)
     import transformers
 
+    if name == "gemma3":
+        return transformers.Gemma3ForConditionalGeneration(
+            transformers.Gemma3Config(
+                text_config=_text(tokenizer)
+                | {
+                    "head_dim": 16,
+                    "query_pre_attn_scalar": 16,
+                    "sliding_window": 8,
+                    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                },
+                vision_config=_siglip(image_size=32, patch_size=8),
+                mm_tokens_per_image=4,
+                boi_token_index=tokenizer.boi_token_id,
+                eoi_token_index=tokenizer.eoi_token_id,
+                image_token_index=tokenizer.image_token_id,
+            )
+        )
     return transformers.InternVLForConditionalGeneration(
         transformers.InternVLConfig(
             text_config={"model_type": "qwen3", "head_dim": 16, **_text(tokenizer)},
@@ -103,6 +135,19 @@ def _build(name: str, tokenizer: Any) -> Any:
             tie_word_embeddings=False,
         )
     )
+
+
+def _siglip(image_size: int, patch_size: int) -> dict[str, Any]:
+    return {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "vision_use_head": False,
+    }
 
 
 def _text(tokenizer: Any) -> dict[str, Any]:
@@ -186,8 +231,11 @@ def _build_qwen(name: str, tokenizer: Any) -> Any:
 def randomise(model: Any) -> None:
     """Draws all parameters anew: outputs of matrices keep their inputs' size, norms and biases
     are not the ones and zeros that would hide a mistake."""
+    kinds = {f"{name}.weight": type(module).__name__ for name, module in model.named_modules()}
     for name, parameter in model.named_parameters():
-        if "embed_tokens" in name or "lm_head" in name:
+        if kinds.get(name) == "Gemma3RMSNorm":  # which adds one to its weight
+            parameter.normal_(std=0.2)
+        elif "embed_tokens" in name or "lm_head" in name:
             parameter.normal_(std=0.1)
         elif parameter.ndim > 1:
             parameter.normal_(std=parameter[0].numel() ** -0.5)
@@ -295,6 +343,7 @@ def true_processor(name: str, folder: Path) -> Any:
         "qwen2_5_vl": transformers.Qwen2_5_VLProcessor,
         "qwen3_vl": transformers.Qwen3VLProcessor,
         "internvl": transformers.InternVLProcessor,
+        "gemma3": transformers.Gemma3Processor,
     }[name]
 
     class ImagesOnly(made):  # type: ignore[misc, valid-type]
@@ -306,10 +355,11 @@ def true_processor(name: str, folder: Path) -> Any:
     if file.exists():
         settings = json.loads(file.read_text())
         settings.pop("processor_class", None)
+    if "video_processor" in inspect.signature(made).parameters:
+        settings["video_processor"] = None
     return ImagesOnly(
         image_processor=type(_image_processor(name)).from_pretrained(folder),
         tokenizer=tokenizer,
-        video_processor=None,
         chat_template=tokenizer.chat_template,
         **settings,
     )

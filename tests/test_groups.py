@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, ITEMS, make_prompt, random_response, save_family
+from families import ITEMS, PACKED, make_prompt, random_response, save_family
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -86,7 +86,7 @@ def test_a_response_attends_to_its_prompt_and_itself(
         torch.testing.assert_close(found, true, atol=tolerance, rtol=tolerance)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=PACKED)
 def folder(request: Any, tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     return save_family(request.param, tmp_path_factory.mktemp(request.param), tokenizer)
 

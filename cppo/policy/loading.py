@@ -154,6 +154,12 @@ def load(
     try:
         config = AutoConfig.from_pretrained(source)
         family = family_of(config.model_type)
+        if not family.causal and "flash" in attention:
+            logger.warning(
+                "sdpa instead of %s, which has no mask for image tokens that attend to later ones",
+                attention,
+            )
+            attention = "sdpa"
         tokenizer = AutoTokenizer.from_pretrained(source)
         image_processor = family.load_image_processor(source, dict(pixel_limits or {}))
         model, report = AutoModelForImageTextToText.from_pretrained(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cppo.policy.families.family import Family
+from cppo.policy.families.gemma3 import Gemma3
 from cppo.policy.families.internvl import InternVL
 from cppo.policy.families.qwen_vl import QwenVL
 
@@ -11,6 +12,7 @@ FAMILIES: dict[str, type[Family]] = {
     "qwen2_5_vl": QwenVL,
     "qwen3_vl": QwenVL,
     "internvl": InternVL,
+    "gemma3": Gemma3,
 }
 
 
