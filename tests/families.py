@@ -20,15 +20,19 @@ from torch import Tensor, nn
 
 from cppo.builtin.policy import SPECIAL
 from cppo.data import Item
-from cppo.policy import Policy, Prompt, Row, encode_item
+from cppo.policy import Policy, Prompt, encode_item
 
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-FAMILIES = (*QWEN, "internvl", "gemma3")
+FAMILIES = (*QWEN, "internvl", "llava_onevision", "gemma3")
 PACKED = tuple(name for name in FAMILIES if name != "gemma3")
 PATCH_SIZES = {"qwen2_vl": 14, "qwen2_5_vl": 14, "qwen3_vl": 16}
 LIMITS = {"min_pixels": 32 * 32, "max_pixels": 192 * 192}
 # What a chat template writes for an image, and the further special tokens, by their names.
-PLACEHOLDERS = {"internvl": "<IMG_CONTEXT>\n", "gemma3": "<start_of_image>"}
+PLACEHOLDERS = {
+    "internvl": "<IMG_CONTEXT>\n",
+    "llava_onevision": "<image>\n",
+    "gemma3": "<start_of_image>",
+}
 MARKS = {
     "internvl": {
         "start_image_token": "<img>",
@@ -36,15 +40,22 @@ MARKS = {
         "context_image_token": "<IMG_CONTEXT>",
         "video_token": "<video>",
     },
+    "llava_onevision": {"image_token": "<image>", "video_token": "<video>"},
     "gemma3": {
         "boi_token": "<start_of_image>",
         "eoi_token": "<end_of_image>",
         "image_token": "<image_soft_token>",
     },
 }
+PINPOINTS = [[32 * rows, 32 * columns] for rows in (1, 2) for columns in (1, 2, 3)]
 # What transformers' processor is saved with, besides its parts.
 PROCESSORS: dict[str, dict[str, Any]] = {
     "internvl": {"image_seq_length": 4},
+    "llava_onevision": {
+        "num_image_tokens": 16,
+        "vision_feature_select_strategy": "full",
+        "vision_aspect_ratio": "anyres_max_4",
+    },
     "gemma3": {"image_seq_length": 4},
 }
 
@@ -90,6 +101,10 @@ def _image_processor(name: str) -> Any:
 
     if name in QWEN:
         return transformers.Qwen2VLImageProcessorPil(patch_size=PATCH_SIZES[name], **LIMITS)
+    if name == "llava_onevision":
+        return transformers.LlavaOnevisionImageProcessorPil(
+            size={"height": 32, "width": 32}, image_grid_pinpoints=PINPOINTS
+        )
     if name == "gemma3":
         return transformers.Gemma3ImageProcessorPil(size={"height": 32, "width": 32})
     # As saved with real models, tiles are off: the processor turns them on.
@@ -103,6 +118,18 @@ def _build(name: str, tokenizer: Any) -> Any:
         return _build_qwen(name, tokenizer)
     import transformers
 
+    if name == "llava_onevision":
+        # Tokens of more than four tiles are shrunk: one picture of the tests has so many.
+        return transformers.LlavaOnevisionForConditionalGeneration(
+            transformers.LlavaOnevisionConfig(
+                text_config={"model_type": "qwen2", **_text(tokenizer)},
+                vision_config=_siglip(image_size=32, patch_size=8),
+                image_token_index=tokenizer.image_token_id,
+                video_token_index=tokenizer.video_token_id,
+                image_grid_pinpoints=PINPOINTS,
+                vision_aspect_ratio="anyres_max_4",
+            )
+        )
     if name == "gemma3":
         return transformers.Gemma3ForConditionalGeneration(
             transformers.Gemma3Config(
@@ -309,11 +336,6 @@ def continued(inputs: Mapping[str, Tensor], response: Tensor) -> dict[str, Tenso
     }
 
 
-def true_pixels(row: Row) -> Tensor:
-    """What a row sees, as transformers' own processor lays it out."""
-    return row.pixels
-
-
 def vision_tower(policy: Policy) -> nn.Module:
     tower: nn.Module = getattr(policy.base.model, policy.family.vision[0])
     return tower
@@ -343,6 +365,7 @@ def true_processor(name: str, folder: Path) -> Any:
         "qwen2_5_vl": transformers.Qwen2_5_VLProcessor,
         "qwen3_vl": transformers.Qwen3VLProcessor,
         "internvl": transformers.InternVLProcessor,
+        "llava_onevision": transformers.LlavaOnevisionProcessor,
         "gemma3": transformers.Gemma3Processor,
     }[name]
 

@@ -26,7 +26,6 @@ from families import (
     randomise,
     save_family,
     true_inputs,
-    true_pixels,
     vision_tower,
 )
 from torch import Tensor, nn
@@ -108,9 +107,8 @@ def true_scores(
     scores = []
     for row in rows:
         inputs = true_inputs(folder, row.prompt.item)
-        assert true_pixels(row).shape == inputs["pixel_values"].shape
         if row.pixels is not row.prompt.pixels:
-            inputs["pixel_values"] = true_pixels(row)
+            inputs["pixel_values"] = row.pixels.view_as(inputs["pixel_values"])
         logits = true_logits(model, inputs, row.response)
         scores.append(true_statistics(logits, row.response, temperature))
     return scores
@@ -147,8 +145,11 @@ def assert_same_gradients(
     # A gradient that is zero by symmetry (of key biases) is rounding noise: measured by the whole.
     whole = torch.stack([g.norm() for g in truth.values() if g is not None]).norm()
     for name, gradient in truth.items():
-        assert gradient is not None, name
         value = found[name]
+        if gradient is None:
+            assert value is None, name
+            assert "post_layernorm" in name, name  # the one part that features do not pass
+            continue
         assert value is not None, name
         assert (value - gradient).norm() <= relative * gradient.norm() + 1e-6 * whole, name
 
@@ -199,8 +200,7 @@ def test_prompts_hold_the_ids_and_pixels_that_transformers_own_processor_makes(
         prompt, truth = make_prompt(policy, item), true_inputs(folder, item)
         assert torch.equal(prompt.ids, truth["input_ids"][0])
         assert torch.equal(prompt.image_mask, prompt.ids == policy.base.config.image_token_id)
-        row = Row(prompt=prompt, pixels=prompt.pixels, response=prompt.ids[:0])
-        assert torch.equal(true_pixels(row), truth["pixel_values"])
+        assert torch.equal(prompt.pixels.view_as(truth["pixel_values"]), truth["pixel_values"])
 
 
 @pytest.mark.parametrize("folder", QWEN, indirect=True)
@@ -331,7 +331,8 @@ def test_autocast_scores_are_float32_and_near_the_exact_ones(
         scores = score(policy, backend, rows)
     functional(scores).backward()
     assert all(values.dtype == torch.float32 for pair in scores for values in pair)
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in policy.model.parameters())
+    found = trained(policy)
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in found.values())
     assert 1e-5 < largest_difference(scores, exact) < 0.3
     error = torch.cat([a[0] - b[0] for a, b in zip(scores, exact, strict=True)])
     assert error.abs().mean() < 0.05
@@ -341,7 +342,7 @@ def test_autocast_scores_are_float32_and_near_the_exact_ones(
 
 
 def test_a_frozen_copy_stays_when_the_policy_moves(policy: Policy, backend: Backend) -> None:
-    rows = make_rows(policy)
+    rows, wanted = make_rows(policy), [p.requires_grad for p in policy.model.parameters()]
     with torch.no_grad():
         before = score(policy, backend, rows)
         reference = frozen_copy(policy)
@@ -349,7 +350,8 @@ def test_a_frozen_copy_stays_when_the_policy_moves(policy: Policy, backend: Back
         assert_same_scores(score(reference, backend, rows), before, tolerance=0)
         assert largest_difference(score(policy, backend, rows), before) > 0.1
     assert not any(p.requires_grad for p in reference.model.parameters())
-    assert all(p.requires_grad for p in policy.model.parameters())
+    assert [p.requires_grad for p in policy.model.parameters()] == wanted
+    assert any(wanted)
 
 
 def test_without_adapters_the_starting_policy_answers(

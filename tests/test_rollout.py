@@ -174,13 +174,14 @@ def test_first_tokens_follow_the_policys_distribution(policy: Policy) -> None:
 
 
 def test_visual_placeholders_are_never_drawn_however_likely(policy: Policy) -> None:
-    """Their output rows are long: v, w, -v and -w; in any state one has most of the mass."""
+    """Their output rows are long: v, -v, w and -w; in any state one has most of the mass."""
     head = torch.nn.Parameter(policy.head.detach().clone())  # apart from the embeddings
     generator = torch.Generator().manual_seed(1)
     forbidden = list(policy.family.forbidden)
     ends = 20 * torch.randn(2, head.shape[1], generator=generator)
     with torch.no_grad():
-        head[forbidden] = torch.cat([ends, -ends]).repeat(len(forbidden), 1)[: len(forbidden)]
+        both = torch.stack([ends, -ends], dim=1).flatten(0, 1)
+        head[forbidden] = both.repeat(len(forbidden), 1)[: len(forbidden)]
     policy.base.lm_head.weight = head
     prompts = make_prompts(policy)
     assert policy.family.image_token in policy.family.forbidden
