@@ -148,6 +148,7 @@ class Trainer:
             tokens_per_micro_batch=settings.tokens_per_micro_batch,
             max_grad_norm=settings.max_grad_norm,
             max_new_tokens=rollout.max_new_tokens,
+            count_tokens=self.policy.count_tokens,
         )
 
     # --- the loop ----------------------------------------------------------------------------

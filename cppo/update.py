@@ -10,7 +10,7 @@ Shapes: B samples of this process, T response tokens (right-padded).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 from cppo.methods import GRPO, Average, Plan, Scores, Tokens, View
 from cppo.objective import aggregate, count_units
-from cppo.policy import Prompt, Row
+from cppo.policy import Prompt, Row, packed_tokens
 from cppo.processes import Processes
 
 
@@ -58,10 +58,11 @@ class Updater:
         tokens_per_micro_batch: int,
         max_grad_norm: float,
         max_new_tokens: int,
+        count_tokens: Callable[[Sequence[Row]], int] = packed_tokens,
     ) -> None:
         self._scorer, self._optimizer, self._method = scorer, optimizer, method
         self._processes = processes
-        self._budget = tokens_per_micro_batch
+        self._budget, self._count_tokens = tokens_per_micro_batch, count_tokens
         self._max_grad_norm = max_grad_norm
         self._max_new_tokens = max_new_tokens
 
@@ -140,9 +141,9 @@ class Updater:
             groups.setdefault(id(sample.prompt), []).append(sample)
         cut: list[list[Sample]] = []
         for group in groups.values():
-            whole = _tokens(group, views) <= self._budget
+            whole = self._tokens(group, views) <= self._budget
             for part in [group] if whole else [[sample] for sample in group]:
-                if cut and _tokens([*cut[-1], *part], views) <= self._budget:
+                if cut and self._tokens([*cut[-1], *part], views) <= self._budget:
                     cut[-1] += part
                 else:
                     cut.append([*part])
@@ -150,6 +151,17 @@ class Updater:
         shortest = min(samples, key=lambda sample: len(sample.prompt.ids) + len(sample.ids))
         idle = [replace(shortest, views={}, idle=True)]
         return cut + [idle] * (most - len(cut))
+
+    def _tokens(self, samples: Sequence[Sample], views: Sequence[View]) -> int:
+        """What samples cost on their image and on the views they have."""
+        rows = _rows(samples)
+        for view in views:
+            rows += [
+                Row(prompt=s.prompt, pixels=s.views[view.name], response=s.ids)
+                for s in samples
+                if view.name in s.views
+            ]
+        return self._count_tokens(rows)
 
     def _plan_ahead(self, micro_batches: Sequence[Sequence[Sample]]) -> list[_Ahead]:
         """Plans for the whole mini-batch at once; views without gradient are scored here only.
@@ -303,17 +315,6 @@ class Updater:
     @property
     def _device(self) -> torch.device:
         return next(self._scorer.parameters()).device
-
-
-def _tokens(samples: Sequence[Sample], views: Sequence[View]) -> int:
-    """What samples cost on their image and on the views they have: every prompt once each, and
-    responses as long as the longest, as attention pads them."""
-    tokens, longest = 0, max(len(sample.ids) for sample in samples)
-    shown = [samples, *([s for s in samples if view.name in s.views] for view in views)]
-    for having in shown:
-        prompts = {id(sample.prompt): len(sample.prompt.ids) for sample in having}
-        tokens += sum(prompts.values()) + len(having) * longest
-    return tokens
 
 
 def _rows(samples: Sequence[Sample]) -> list[Row]:

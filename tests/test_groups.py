@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, ITEMS, make_prompt, random_response, save_family
+from families import ITEMS, PACKED, make_prompt, random_response, save_family
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -87,7 +86,7 @@ def test_a_response_attends_to_its_prompt_and_itself(
         torch.testing.assert_close(found, true, atol=tolerance, rtol=tolerance)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=PACKED)
 def folder(request: Any, tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     return save_family(request.param, tmp_path_factory.mktemp(request.param), tokenizer)
 
@@ -143,7 +142,7 @@ def test_a_prompt_passes_the_language_model_once_a_view(folder: Path, attention:
     other = rows[0].pixels.clone()
     rows += [Row(prompt=r.prompt, pixels=other, response=r.response) for r in rows[:2]]
     lengths = []
-    hook = policy.base.model.language_model.layers[0].register_forward_pre_hook(
+    hook = policy.language.layers[0].register_forward_pre_hook(
         lambda _, given: lengths.append(given[0].shape[:2])
     )
     Scorer(policy, choose("cpu"), temperature=1.0)(rows)
@@ -151,16 +150,3 @@ def test_a_prompt_passes_the_language_model_once_a_view(folder: Path, attention:
     responses = sum(len(row.response) for row in rows)
     once = sum(prompts.values()) + prompts[id(rows[0].prompt)]
     assert lengths == [(1, once + responses)]
-
-
-def test_a_model_whose_layers_do_not_see_far_enough_is_refused(
-    tokenizer: Any, tmp_path: Path
-) -> None:
-    folder = save_family("qwen2_5_vl", tmp_path / "model", tokenizer)
-    config = json.loads((folder / "config.json").read_text())
-    layers = config["text_config"]["num_hidden_layers"]
-    config["text_config"] |= {"use_sliding_window": True, "sliding_window": 16}
-    config["text_config"]["layer_types"] = ["sliding_attention"] * layers
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"sliding_attention, .* use_sliding_window to false"):
-        load(str(folder), dtype=torch.float32, attention="sdpa")

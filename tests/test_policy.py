@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,17 @@ import torch
 from families import (
     FAMILIES,
     ITEMS,
+    QWEN,
+    continued,
+    counted,
     make_item,
     make_prompt,
     picture,
     random_response,
     randomise,
     save_family,
+    true_inputs,
+    vision_tower,
 )
 from torch import Tensor, nn
 
@@ -81,35 +85,14 @@ def load_truth(folder: Path) -> Any:
     )
 
 
-def true_inputs(folder: Path, item: Item) -> dict[str, Tensor]:
-    """A prompt as the model's documentation makes it: image tokens repeated in the text."""
-    from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-    made = [processor([image], return_tensors="pt") for image in item.images]
-    question = item.question + " Think first."
-    for image in made:
-        tokens = "<|image_pad|>" * (int(image["image_grid_thw"].prod()) // 4)
-        question = question.replace("<image>", f"<|vision_start|>{tokens}<|vision_end|>", 1)
-    text = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-    return {
-        "input_ids": ids,
-        "mm_token_type_ids": (ids == tokenizer.convert_tokens_to_ids("<|image_pad|>")).int(),
-        "pixel_values": torch.cat([image["pixel_values"] for image in made]),
-        "image_grid_thw": torch.cat([image["image_grid_thw"] for image in made]),
-    }
-
-
 def true_logits(model: Any, inputs: dict[str, Tensor], response: Tensor) -> Tensor:
     """Float logits that predict the response's tokens, (T, V)."""
     prompt_length = inputs["input_ids"].shape[1]
-    inputs = dict(inputs, input_ids=torch.cat([inputs["input_ids"], response[None]], dim=1))
-    if "mm_token_type_ids" in inputs:
-        text = torch.zeros_like(response[None], dtype=torch.int)
-        inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], text], dim=1)
-    return model(**inputs, use_cache=False).logits[0, prompt_length - 1 : -1].float()
+    return (
+        model(**continued(inputs, response), use_cache=False)
+        .logits[0, prompt_length - 1 : -1]
+        .float()
+    )
 
 
 def true_statistics(logits: Tensor, response: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -124,9 +107,8 @@ def true_scores(
     scores = []
     for row in rows:
         inputs = true_inputs(folder, row.prompt.item)
-        assert row.pixels.shape == inputs["pixel_values"].shape
         if row.pixels is not row.prompt.pixels:
-            inputs["pixel_values"] = row.pixels
+            inputs["pixel_values"] = row.pixels.view_as(inputs["pixel_values"])
         logits = true_logits(model, inputs, row.response)
         scores.append(true_statistics(logits, row.response, temperature))
     return scores
@@ -163,8 +145,11 @@ def assert_same_gradients(
     # A gradient that is zero by symmetry (of key biases) is rounding noise: measured by the whole.
     whole = torch.stack([g.norm() for g in truth.values() if g is not None]).norm()
     for name, gradient in truth.items():
-        assert gradient is not None, name
         value = found[name]
+        if gradient is None:
+            assert value is None, name
+            assert "post_layernorm" in name, name  # the one part that features do not pass
+            continue
         assert value is not None, name
         assert (value - gradient).norm() <= relative * gradient.norm() + 1e-6 * whole, name
 
@@ -189,17 +174,6 @@ def largest_difference(
     return max((a[0] - b[0]).abs().max().item() for a, b in zip(one, other, strict=True))
 
 
-@contextmanager
-def counted(module: nn.Module) -> Iterator[list[int]]:
-    """The length of the first argument of each call of a module, under `with`."""
-    lengths: list[int] = []
-    hook = module.register_forward_pre_hook(lambda _, given: lengths.append(len(given[0])))
-    try:
-        yield lengths
-    finally:
-        hook.remove()
-
-
 # --- scoring -----------------------------------------------------------------------------------
 
 
@@ -219,17 +193,17 @@ def test_scores_and_gradients_are_those_of_the_plain_model_row_by_row(
         assert not found.entropy[index, len(row.response) :].any()
 
 
-def test_prompts_hold_the_ids_pixels_and_grids_of_the_plain_recipe(
+def test_prompts_hold_the_ids_and_pixels_that_transformers_own_processor_makes(
     folder: Path, policy: Policy
 ) -> None:
     for item in ITEMS:
         prompt, truth = make_prompt(policy, item), true_inputs(folder, item)
         assert torch.equal(prompt.ids, truth["input_ids"][0])
-        assert torch.equal(prompt.image_mask, truth["mm_token_type_ids"][0].bool())
-        assert torch.equal(prompt.pixels, truth["pixel_values"])
-        assert torch.equal(prompt.grids, truth["image_grid_thw"])
+        assert torch.equal(prompt.image_mask, prompt.ids == policy.base.config.image_token_id)
+        assert torch.equal(prompt.pixels.view_as(truth["pixel_values"]), truth["pixel_values"])
 
 
+@pytest.mark.parametrize("folder", QWEN, indirect=True)
 def test_one_dimensional_positions_would_be_noticed(
     folder: Path, policy: Policy, backend: Backend
 ) -> None:
@@ -256,7 +230,7 @@ def test_each_distinct_picture_passes_the_vision_tower_once_a_call(
     rows = make_rows(policy)
     distinct = {id(row.pixels): len(row.pixels) for row in rows}
     assert len(distinct) == 4 < len(rows)
-    with counted(policy.base.model.visual) as patches:
+    with counted(vision_tower(policy)) as patches:
         score(policy, backend, rows)
     assert patches == [sum(distinct.values())]
 
@@ -269,7 +243,7 @@ def test_sampled_placeholders_are_scored_as_text(
     model = load_truth(folder)
     with torch.no_grad():
         for made in (policy.base, model):
-            for weight in (made.model.language_model.embed_tokens.weight, made.lm_head.weight):
+            for weight in (made.get_input_embeddings().weight, made.lm_head.weight):
                 weight[twin] = weight[image]
         response = random_response(policy, 6, seed=5)
         sampled, plain = response.clone(), response.clone()
@@ -292,7 +266,7 @@ def test_gradient_checkpointing_recomputes_but_moves_nothing(
         )
         disturb_adapters(policy)
         rows = make_rows(policy)
-        with counted(policy.base.model.language_model.layers[1].input_layernorm) as calls:
+        with counted(policy.language.layers[1].input_layernorm) as calls:
             scores = score(policy, backend, rows)
             functional(scores).backward()
         assert len(calls) == 1 + checkpointing
@@ -307,6 +281,10 @@ def trained(policy: Policy) -> dict[str, Tensor | None]:
     found = gradients(policy.model)
     assert {name for name, gradient in found.items() if gradient is not None} == wanted
     return {name: found[name] for name in wanted}
+
+
+def is_vision(policy: Policy, parameter: str) -> bool:
+    return any(f".{part}." in f"{parameter}." for part in policy.family.vision)
 
 
 def disturb_adapters(policy: Policy) -> None:
@@ -326,7 +304,7 @@ def test_fresh_adapters_change_nothing_and_only_they_are_trained(
     assert_same_scores(scores, score(policy, backend, rows))
     functional(scores).backward()
     assert all("lora_" in name for name in trained(adapted))
-    assert any(".visual." in name for name in trained(adapted))
+    assert any(is_vision(adapted, name) for name in trained(adapted))
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["weights", "lora"])
@@ -337,11 +315,11 @@ def test_a_frozen_vision_tower_has_neither_gradients_nor_adapters(
     scores = score(frozen, backend, rows)
     assert_same_scores(scores, score(policy, backend, rows))
     functional(scores).backward()
-    in_tower = [name for name, _ in frozen.model.named_parameters() if ".visual." in name]
+    in_tower = [name for name, _ in frozen.model.named_parameters() if is_vision(frozen, name)]
     assert in_tower
     assert not any("lora" in name for name in in_tower)
-    assert not any(".visual." in name for name in trained(frozen))
-    assert any("language_model.layers" in name for name in trained(frozen))
+    assert not any(is_vision(frozen, name) for name in trained(frozen))
+    assert any(".layers." in name for name in trained(frozen))
 
 
 def test_autocast_scores_are_float32_and_near_the_exact_ones(
@@ -353,7 +331,8 @@ def test_autocast_scores_are_float32_and_near_the_exact_ones(
         scores = score(policy, backend, rows)
     functional(scores).backward()
     assert all(values.dtype == torch.float32 for pair in scores for values in pair)
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in policy.model.parameters())
+    found = trained(policy)
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in found.values())
     assert 1e-5 < largest_difference(scores, exact) < 0.3
     error = torch.cat([a[0] - b[0] for a, b in zip(scores, exact, strict=True)])
     assert error.abs().mean() < 0.05
@@ -363,7 +342,7 @@ def test_autocast_scores_are_float32_and_near_the_exact_ones(
 
 
 def test_a_frozen_copy_stays_when_the_policy_moves(policy: Policy, backend: Backend) -> None:
-    rows = make_rows(policy)
+    rows, wanted = make_rows(policy), [p.requires_grad for p in policy.model.parameters()]
     with torch.no_grad():
         before = score(policy, backend, rows)
         reference = frozen_copy(policy)
@@ -371,7 +350,8 @@ def test_a_frozen_copy_stays_when_the_policy_moves(policy: Policy, backend: Back
         assert_same_scores(score(reference, backend, rows), before, tolerance=0)
         assert largest_difference(score(policy, backend, rows), before) > 0.1
     assert not any(p.requires_grad for p in reference.model.parameters())
-    assert all(p.requires_grad for p in policy.model.parameters())
+    assert [p.requires_grad for p in policy.model.parameters()] == wanted
+    assert any(wanted)
 
 
 def test_without_adapters_the_starting_policy_answers(
@@ -427,6 +407,7 @@ def test_plain_transformers_reads_a_saved_policy_and_computes_the_same(
     assert not list(tmp_path.glob("adapter*"))
 
 
+@pytest.mark.parametrize("folder", QWEN, indirect=True)
 def test_pixel_limits_hold_for_prompts_and_are_saved(folder: Path, tmp_path: Path) -> None:
     from transformers import Qwen2VLImageProcessorPil
 
@@ -497,7 +478,11 @@ def test_a_folder_with_a_weight_missing_or_cut_short_is_refused(
         load_float32(tmp_path)
 
 
-@pytest.mark.parametrize("target", ["lm_head", "proj"])
+@pytest.mark.parametrize(
+    ("folder", "target"),
+    [*((name, "lm_head") for name in FAMILIES), *((name, "proj") for name in QWEN)],
+    indirect=["folder"],
+)
 def test_adapters_that_nothing_would_read_are_refused(folder: Path, target: str) -> None:
     with pytest.raises(ValueError, match=rf"LoRA cannot adapt .*{target}, whose weight"):
         load_float32(folder, lora={"r": 2, "target_modules": [target, "q_proj"]})
@@ -548,15 +533,15 @@ def test_images_stand_where_the_question_puts_them(policy: Policy) -> None:
         answer="1",
     )
     prompt = make_prompt(policy, item)
-    few, many = policy.family.tokens_per_image(prompt.grids)
-    text = policy.tokenizer.decode(prompt.ids)
-    start, end = "<|vision_start|>", "<|vision_end|>"
-    assert text == (
-        f"<|im_start|>user\nfirst {start}{few * '<|image_pad|>'}{end} then "
-        f"{start}{many * '<|image_pad|>'}{end}, but last this Think first.<|im_end|>\n"
-        "<|im_start|>assistant\n"
-    )
-    assert few < many
+    token = policy.tokenizer.convert_ids_to_tokens(policy.family.image_token)
+    before, rest = policy.tokenizer.decode(prompt.ids).split("first ")
+    first, rest = rest.split(" then ")
+    last, rest = rest.split(", but last this")
+    counts = [text.count(token) for text in (before, first, last, rest)]
+    written = [text.count(token) for text in policy.family.image_texts(prompt.grids)]
+    assert counts == [0, *written, 0]
+    assert sum(counts) == int(prompt.image_mask.sum())
+    assert rest == " Think first.<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_prompts_up_to_the_limit_pass_and_longer_ones_are_bad_rows(policy: Policy) -> None:
@@ -568,11 +553,13 @@ def test_prompts_up_to_the_limit_pass_and_longer_ones_are_bad_rows(policy: Polic
 
 
 def test_a_literal_image_token_in_the_question_is_a_bad_row(policy: Policy) -> None:
+    token = policy.tokenizer.convert_ids_to_tokens(policy.family.image_token)
     with pytest.raises(BadRow) as caught:
-        make_prompt(policy, make_item(4, [(64, 64)], words="what does <|image_pad|> mean"))
+        make_prompt(policy, make_item(4, [(64, 64)], words=f"what does {token} mean"))
     assert (caught.value.reason, caught.value.row) == ("placeholder count", "made:4")
 
 
+@pytest.mark.parametrize("folder", QWEN, indirect=True)
 def test_an_image_the_processor_refuses_is_a_bad_row(policy: Policy) -> None:
     with pytest.raises(BadRow, match="aspect ratio") as caught:
         make_prompt(policy, make_item(5, [(64, 64), (900, 3)]))

@@ -12,7 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, ITEMS, make_item, make_prompt, save_family
+from families import (
+    FAMILIES,
+    ITEMS,
+    as_loaded,
+    continued,
+    counted,
+    make_item,
+    make_prompt,
+    save_family,
+    true_inputs,
+    vision_tower,
+)
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -61,16 +72,9 @@ def written(groups: Sequence[Sequence[Response]]) -> list[list[int]]:
 def true_logits(policy: Policy, prompt: Prompt, response: Tensor) -> Tensor:
     """Logits that predict each response token and the one after it: one row, no cache, no padding,
     through the model's own forward."""
-    ids = torch.cat([prompt.ids, response])[None]
-    kinds = torch.cat([prompt.image_mask.int(), torch.zeros_like(response, dtype=torch.int)])
-    with policy.evaluating(), policy.in_rows():
-        logits: Tensor = policy.base(
-            input_ids=ids,
-            mm_token_type_ids=kinds[None],
-            pixel_values=prompt.pixels,
-            image_grid_thw=prompt.grids,
-            use_cache=False,
-        ).logits
+    shown = continued(true_inputs(Path(policy.source), prompt.item), response)
+    with policy.evaluating(), as_loaded(policy):
+        logits: Tensor = policy.base(**shown, use_cache=False).logits
     return logits[0, len(prompt.ids) - 1 :]
 
 
@@ -88,25 +92,19 @@ def rescored(
 
 
 @contextmanager
-def counted(policy: Policy) -> Iterator[tuple[list[int], list[int]]]:
-    """Under `with`: patches seen by each call of the vision tower, and positions (padding and all)
-    computed by each call of the language model."""
-    patches: list[int] = []
+def passing(policy: Policy) -> Iterator[tuple[list[int], list[int]]]:
+    """Under `with`: patches or tiles seen by each call of the vision tower, and positions (padding
+    and all) computed by each call of the language model."""
     positions: list[int] = []
-    hooks = [
-        policy.base.model.visual.register_forward_pre_hook(
-            lambda _, given: patches.append(len(given[0]))
-        ),
-        policy.base.model.language_model.register_forward_pre_hook(
-            lambda _, given, named: positions.append(named["inputs_embeds"][..., 0].numel()),
-            with_kwargs=True,
-        ),
-    ]
+    hook = policy.language.register_forward_pre_hook(
+        lambda _, given, named: positions.append(named["inputs_embeds"][..., 0].numel()),
+        with_kwargs=True,
+    )
     try:
-        yield patches, positions
+        with counted(vision_tower(policy)) as patches:
+            yield patches, positions
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
 
 
 # --- what is shared ----------------------------------------------------------------------------
@@ -117,7 +115,7 @@ def test_a_group_shares_one_image_encoding_and_one_prefill(policy: Policy) -> No
     end_often(policy)
     for item in ITEMS:
         prompt = make_prompt(policy, item)
-        with counted(policy) as (patches, positions):
+        with passing(policy) as (patches, positions):
             (group,) = sample(policy, [prompt], responses=5)
         assert patches == [len(prompt.pixels)]
         assert positions[0] == len(prompt.ids)
@@ -126,10 +124,11 @@ def test_a_group_shares_one_image_encoding_and_one_prefill(policy: Policy) -> No
 
 def test_groups_sampled_side_by_side_are_prefilled_once_each(policy: Policy) -> None:
     prompts, policy.eos = make_prompts(policy), (-1,)  # nothing ends a response
-    with counted(policy) as (patches, positions):
+    with passing(policy) as (patches, positions):
         sample(policy, prompts, responses=4, max_new_tokens=3)
     assert patches == [sum(len(prompt.pixels) for prompt in prompts)]
-    together = sum(len(prompt.ids) for prompt in prompts)  # without padding
+    lengths = [len(prompt.ids) for prompt in prompts]
+    together = sum(lengths) if policy.packs else len(lengths) * max(lengths)
     assert positions == [together, 4 * len(prompts), 4 * len(prompts)]
 
 
@@ -238,15 +237,17 @@ def test_first_tokens_follow_the_policys_distribution(policy: Policy) -> None:
 
 
 def test_visual_placeholders_are_never_drawn_however_likely(policy: Policy) -> None:
-    """Their output rows are long: v, w, -v and -w; in any state one has most of the mass."""
+    """Their output rows are long: v, -v, w and -w; in any state one has most of the mass."""
     head = torch.nn.Parameter(policy.head.detach().clone())  # apart from the embeddings
     generator = torch.Generator().manual_seed(1)
+    forbidden = list(policy.family.forbidden)
     ends = 20 * torch.randn(2, head.shape[1], generator=generator)
     with torch.no_grad():
-        head[list(policy.family.forbidden)] = torch.cat([ends, -ends])
+        both = torch.stack([ends, -ends], dim=1).flatten(0, 1)
+        head[forbidden] = both.repeat(len(forbidden), 1)[: len(forbidden)]
     policy.base.lm_head.weight = head
     prompts = make_prompts(policy)
-    assert len(set(policy.family.forbidden)) == 4
+    assert policy.family.image_token in policy.family.forbidden
     for settings in ({}, {"temperature": 0.0}, {"top_p": 0.5}):
         groups = sample(policy, prompts, **settings)
         sampled = torch.cat([response.ids for group in groups for response in group])
@@ -326,7 +327,7 @@ def test_responses_end_at_the_first_end_token_or_are_cut_off(policy: Policy) -> 
 def test_the_text_leaves_out_the_end_token(policy: Policy) -> None:
     end = policy.tokenizer.eos_token_id
     with torch.no_grad():
-        policy.base.model.language_model.norm.weight.zero_()  # any token is as likely as another
+        policy.base.lm_head.weight.zero_()  # any token is as likely as another
     groups = sample(policy, make_prompts(policy), responses=40, max_new_tokens=30)
     finished = [response for group in groups for response in group if response.finished]
     assert finished

@@ -23,7 +23,7 @@ from cppo.methods import GRPO, METHODS, Average, Plan, Scores, Term, Tokens, Vie
 from cppo.objective import aggregate, count_units, divergence
 from cppo.policy import Policy, Row, Scorer, encode_item, encode_view, load
 from cppo.processes import Processes
-from cppo.update import Sample, Updater, _tokens
+from cppo.update import Sample, Updater
 
 TEMPERATURE = 0.8
 MAX_NEW_TOKENS = 12
@@ -343,13 +343,14 @@ def test_micro_batches_keep_to_their_budget_and_groups_together(
         for sample, lengths in zip(samples, groups, strict=True)
         for length in lengths
     ]
-    cut = updater(make_scorer(policy), method, budget)._cut(samples, method.views)
+    cutter = updater(make_scorer(policy), method, budget)
+    cut = cutter._cut(samples, method.views)
     assert sorted(id(s) for batch in cut for s in batch) == sorted(map(id, samples))
     for batch in cut:
-        assert len(batch) == 1 or _tokens(batch, method.views) <= budget
+        assert len(batch) == 1 or cutter._tokens(batch, method.views) <= budget
     for prompt in {sample.prompt for sample in samples}:
         group = [sample for sample in samples if sample.prompt is prompt]
-        if _tokens(group, method.views) <= budget:
+        if cutter._tokens(group, method.views) <= budget:
             assert sum(any(s.prompt is prompt for s in batch) for batch in cut) == 1
 
 

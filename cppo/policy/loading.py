@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,10 @@ import torch
 from torch import Tensor
 
 from cppo.policy import groups
+from cppo.policy.batch import Row
 from cppo.policy.families import Family, family_of
+from cppo.policy.packed import obstacle, packed_tokens
+from cppo.policy.padded import padded_tokens
 
 logger = logging.getLogger(__name__)
 INSTRUCTION = (
@@ -39,15 +43,8 @@ class Policy:
     source: str
 
     def __post_init__(self) -> None:
-        config = self._language.config
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if others := kinds - {"full_attention"}:
-            raise ValueError(
-                f"model {self.source!r} has layers of {', '.join(sorted(others))}, and responses "
-                "could not see the whole of their prompt: set use_sliding_window to false in its "
-                "config.json"
-            )
-        config._attn_implementation = groups.name_of(self.attention)
+        if self.packs:  # for good: checkpointing recomputes a forward within the backward
+            self.language.config._attn_implementation = groups.name_of(self.attention)
 
     @property
     def base(self) -> Any:
@@ -55,8 +52,17 @@ class Policy:
         return self.model.get_base_model() if self.has_adapters else self.model
 
     @property
-    def _language(self) -> Any:
+    def language(self) -> Any:
         return self.family.language_model(self.base)
+
+    @property
+    def packs(self) -> bool:
+        """Whether a prompt is scored once for all its responses, or once for each."""
+        return not obstacle(self.family, self.language.config)
+
+    def count_tokens(self, rows: Sequence[Row]) -> int:
+        """How many tokens pass the language model where rows are scored in one call."""
+        return packed_tokens(rows) if self.packs else padded_tokens(rows)
 
     @property
     def instruction(self) -> str:
@@ -89,21 +95,6 @@ class Policy:
         if self.precision.itemsize != 2:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.precision)
-
-    @contextlib.contextmanager
-    def in_rows(self) -> Iterator[None]:
-        """Sequences side by side, as transformers has them, and no groups: to sample from.
-
-        Groups are what a policy is otherwise set to, since checkpointing recomputes a forward
-        within the backward. So no backward belongs in here, and a plain call of the model nowhere
-        else.
-        """
-        config = self._language.config
-        before, config._attn_implementation = config._attn_implementation, self.attention
-        try:
-            yield
-        finally:
-            config._attn_implementation = before
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -148,6 +139,12 @@ def load(
     try:
         config = AutoConfig.from_pretrained(source)
         family = family_of(config.model_type)
+        if not family.causal and "flash" in attention:
+            logger.warning(
+                "sdpa instead of %s, which has no mask for image tokens that attend to later ones",
+                attention,
+            )
+            attention = "sdpa"
         tokenizer = AutoTokenizer.from_pretrained(source)
         image_processor = family.load_image_processor(source, dict(pixel_limits or {}))
         model, report = AutoModelForImageTextToText.from_pretrained(
@@ -166,13 +163,14 @@ def load(
     family.prepare(model)
     place(model, device)
     if freeze_vision:
-        model.model.visual.requires_grad_(False)
+        for part in family.vision:
+            getattr(model.model, part).requires_grad_(False)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if lora is not None:
-        model = _adapt(model, lora, freeze_vision)
+        model = _adapt(model, lora, family.vision if freeze_vision else ())
     model.train()
-    return Policy(
+    policy = Policy(
         model=model,
         family=family(config, tokenizer, image_processor),
         tokenizer=tokenizer,
@@ -182,6 +180,9 @@ def load(
         attention=attention,
         source=source,
     )
+    if reason := obstacle(family, policy.language.config):
+        logger.warning("a prompt is scored once for each of its responses: %s", reason)
+    return policy
 
 
 def place(model: Any, device: str | torch.device) -> None:
@@ -195,7 +196,7 @@ def place(model: Any, device: str | torch.device) -> None:
 
 
 def save(policy: Policy, folder: Path) -> None:
-    """Writes model, tokenizer, chat template and image processor in Hugging Face format.
+    """Writes model, tokenizer, chat template and processors in Hugging Face format.
 
     LoRA adapters are merged into the weights of a copy, so that `from_pretrained` needs no peft.
     """
@@ -205,6 +206,8 @@ def save(policy: Policy, folder: Path) -> None:
     model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
     policy.image_processor.save_pretrained(folder)
+    if settings := policy.family.processor_settings():
+        (folder / "processor_config.json").write_text(json.dumps(dict(settings), indent=2) + "\n")
 
 
 def frozen_copy(policy: Policy) -> Policy:
@@ -215,11 +218,12 @@ def frozen_copy(policy: Policy) -> Policy:
     return Policy(**{**vars(policy), "model": model})
 
 
-def _adapt(model: Any, lora: Mapping[str, Any], freeze_vision: bool) -> Any:
+def _adapt(model: Any, lora: Mapping[str, Any], frozen: Sequence[str]) -> Any:
+    """The model within adapters, none of them in the `frozen` parts of it."""
     from peft import LoraConfig, get_peft_model
 
-    if freeze_vision:
-        lora = {**lora, "exclude_modules": r".*\bvisual\b.*"}
+    if frozen:
+        lora = {**lora, "exclude_modules": rf".*\b({'|'.join(frozen)})\b.*"}
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
     for name, _ in adapted.named_modules():
         if name.endswith(UNADAPTABLE):

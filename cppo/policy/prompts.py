@@ -23,8 +23,8 @@ class Prompt:
     image_mask: Tensor  # (L,) bool, the image tokens among them
     positions: Tensor  # (axes, L)
     next_position: int  # of the response's first token, on every axis
-    pixels: Tensor  # patches of the images as they are
-    grids: Tensor  # (N, 3)
+    pixels: Tensor  # what the vision tower sees of the images as they are
+    grids: Tensor  # (N, k), what the family counts an image's tokens by
 
 
 def encode_item(policy: Policy, item: Item, *, instruction: str, max_tokens: int) -> Prompt:
@@ -43,19 +43,19 @@ def encode_item(policy: Policy, item: Item, *, instruction: str, max_tokens: int
         tokenize=False,
         add_generation_prompt=True,
     )
-    ids: list[int] = policy.tokenizer(text, add_special_tokens=False).input_ids
-    places = [index for index, token in enumerate(ids) if token == family.image_token]
-    if len(places) != len(item.images):
+    pieces = text.split(family.placeholder)
+    reserved = policy.tokenizer.convert_ids_to_tokens(family.image_token)
+    if len(pieces) != len(item.images) + 1 or any(reserved in piece for piece in pieces):
         raise BadRow(
             "placeholder count",
-            f"{len(places)} image tokens for {len(item.images)} images: the question's text holds "
-            "a token that the model reserves for images",
+            f"{len(pieces) - 1} image tokens for {len(item.images)} images: the question's text "
+            "holds a token that the model reserves for images",
             row=item.row,
         )
-    for place, tokens in zip(
-        reversed(places), reversed(family.tokens_per_image(grids)), strict=True
-    ):
-        ids[place : place + 1] = [family.image_token] * tokens
+    first, *others = pieces
+    shown = zip(family.image_texts(grids), others, strict=True)
+    text = first + "".join(image + piece for image, piece in shown)
+    ids: list[int] = policy.tokenizer(text, add_special_tokens=_lacks_start(policy, text)).input_ids
     if len(ids) > max_tokens:
         raise BadRow(
             "prompt too long",
@@ -86,6 +86,13 @@ def encode_view(policy: Policy, prompt: Prompt, view: View, *, seed: int, step: 
     )
     assert torch.equal(grids, prompt.grids), "a view must keep its images' sizes"
     return pixels
+
+
+def _lacks_start(policy: Policy, text: str) -> bool:
+    """Whether the tokenizer is to add its own special tokens, as transformers' processors decide:
+    where the chat template has not written the first of them."""
+    start = policy.tokenizer.bos_token
+    return start is None or not text.startswith(start)
 
 
 def _perturbed(

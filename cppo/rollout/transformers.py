@@ -1,9 +1,6 @@
 """Rollouts in process, on the transformers model itself.
 
-A group shares its prompt: images are encoded once, the prompt is run once, and its keys and values
-are held once (see `cache`).
-
-Shapes: P prompts, S sequences being sampled, V vocabulary.
+Shapes: S responses being sampled, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,8 +13,7 @@ from torch import Tensor
 
 from cppo.policy.loading import Policy
 from cppo.policy.prompts import Prompt
-from cppo.policy.scoring import Row, encode_images
-from cppo.rollout.cache import GroupCache
+from cppo.rollout.decoding import decoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +53,8 @@ def _sample(
     policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, generator: torch.Generator
 ) -> list[list[Response]]:
     device, repeats = policy.device, sampling.responses
-    cache = GroupCache([len(prompt.ids) for prompt in prompts], repeats, device)
-    hidden = _prefill(policy, prompts, cache).repeat_interleave(repeats, dim=0)
-    position = torch.tensor([prompt.next_position for prompt in prompts], device=device)
-    position = position.repeat_interleave(repeats)
-    axes = prompts[0].positions.shape[0]
+    decoding = decoder(policy, prompts, repeats)
+    hidden = decoding.begin()
     ends = torch.tensor(policy.eos, device=device)
     forbidden = torch.tensor(policy.family.forbidden, device=device)
 
@@ -81,22 +74,12 @@ def _sample(
             stopped = alive[~going]
             lengths[stopped], finished[stopped] = step + 1, True
             kept = going.nonzero()[:, 0]
-            alive, token, position = alive[kept], token[kept], position[kept]
+            alive, token = alive[kept], token[kept]
             if len(alive):
-                cache.keep(kept)
+                decoding.keep(kept)
         if not len(alive) or step + 1 == sampling.max_new_tokens:
             break
-        cache.advance()
-        hidden = policy.family.hidden_states(
-            policy.base,
-            token[:, None],
-            position.expand(axes, 1, -1).transpose(1, 2),
-            None,
-            None,
-            use_cache=False,
-            layout=cache,
-        ).last_hidden_state[:, -1]
-        position = position + 1
+        hidden = decoding.advance(token)
 
     responses = [
         Response(
@@ -108,24 +91,6 @@ def _sample(
         for row in range(count)
     ]
     return [responses[start : start + repeats] for start in range(0, count, repeats)]
-
-
-def _prefill(policy: Policy, prompts: Sequence[Prompt], cache: GroupCache) -> Tensor:
-    """Runs each prompt once, packed. Returns the last hidden state of each, (P, D)."""
-    device = policy.device
-    ends = torch.tensor([len(prompt.ids) for prompt in prompts]).cumsum(0) - 1
-    rows = [Row(prompt=p, pixels=p.pixels, response=p.ids[:0]) for p in prompts]
-    output = policy.family.hidden_states(
-        policy.base,
-        torch.cat([prompt.ids for prompt in prompts])[None].to(device),
-        torch.cat([prompt.positions for prompt in prompts], dim=1)[:, None].to(device),
-        torch.cat([prompt.image_mask for prompt in prompts])[None].to(device),
-        encode_images(policy, rows),
-        use_cache=False,
-        layout=cache,
-    )
-    hidden: Tensor = output.last_hidden_state[0, ends.to(device)]
-    return hidden
 
 
 def _draw(

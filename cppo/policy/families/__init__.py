@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from cppo.policy.families.family import Family
+from cppo.policy.families.gemma3 import Gemma3
+from cppo.policy.families.internvl import InternVL
+from cppo.policy.families.llava_onevision import LlavaOnevision
 from cppo.policy.families.qwen_vl import QwenVL
 
 FAMILIES: dict[str, type[Family]] = {
     "qwen2_vl": QwenVL,
     "qwen2_5_vl": QwenVL,
     "qwen3_vl": QwenVL,
+    "internvl": InternVL,
+    "llava_onevision": LlavaOnevision,
+    "gemma3": Gemma3,
 }
 
 

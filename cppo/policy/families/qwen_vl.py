@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -37,8 +37,12 @@ class PatchProjection(nn.Module):
 
 
 class QwenVL:
+    vision: ClassVar[tuple[str, ...]] = ("visual",)
+    causal: ClassVar[bool] = True
+
     def __init__(self, config: Any, tokenizer: Any, image_processor: Any) -> None:
         self.image_token = int(config.image_token_id)
+        self.placeholder = tokenizer.convert_ids_to_tokens(self.image_token)
         self.forbidden = tuple(int(getattr(config, name)) for name in PLACEHOLDERS)
         self._image_processor = image_processor
         self._merged = config.vision_config.spatial_merge_size**2
@@ -59,12 +63,15 @@ class QwenVL:
         tower = model.model.visual
         tower.patch_embed = PatchProjection(tower.patch_embed.proj)
 
+    def processor_settings(self) -> Mapping[str, Any]:
+        return {}  # its processor needs none
+
     def pixels(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
         made = self._image_processor(list(images), return_tensors="pt")
         return made["pixel_values"], made["image_grid_thw"]
 
-    def tokens_per_image(self, grids: Tensor) -> list[int]:
-        return [int(patches) // self._merged for patches in grids.prod(-1)]
+    def image_texts(self, grids: Tensor) -> list[str]:
+        return [self.placeholder * tokens for tokens in self._tokens(grids)]
 
     def positions(self, model: Any, ids: Tensor, grids: Tensor) -> tuple[Tensor, int]:
         # Left out, mm_token_type_ids would silently give one-dimensional positions.
@@ -78,7 +85,10 @@ class QwenVL:
         levels = torch.stack(
             [seen.pooler_output, *(getattr(seen, "deepstack_features", None) or ())]
         )
-        return torch.split(levels, self.tokens_per_image(grids), dim=1)
+        return torch.split(levels, self._tokens(grids), dim=1)
+
+    def _tokens(self, grids: Tensor) -> list[int]:
+        return [int(patches) // self._merged for patches in grids.prod(-1)]
 
     def hidden_states(
         self,

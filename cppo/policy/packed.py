@@ -1,0 +1,80 @@
+"""Rows in one packed sequence: responses to the same prompt with the same pixels share its pass.
+
+What attends to what in that sequence is the group layout (see `groups`); not every language model
+can be made to attend so.
+
+Shapes: R rows, L positions of the packed sequence, G groups.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from cppo.policy.batch import Batch, Row
+from cppo.policy.families import Family
+from cppo.policy.groups import Layout
+
+# Language models, as transformers calls them, whose attention does nothing that groups leave out.
+PROVEN = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen2", "qwen3", "llama")
+
+
+def obstacle(family: Family | type[Family], language: Any) -> str:
+    """Why a language model of this config cannot attend in groups; empty where it can."""
+    if not family.causal:
+        return "its image tokens attend to later ones"
+    kinds = set(getattr(language, "layer_types", None) or ["full_attention"])
+    if others := kinds - {"full_attention"}:
+        return f"it has layers of {', '.join(sorted(others))}"
+    if language.model_type not in PROVEN:
+        return (
+            f"attention in groups is not proven for language models of type {language.model_type}"
+        )
+    return ""
+
+
+def pack(rows: Sequence[Row], device: torch.device) -> Batch:
+    """Prompts, then responses; each response's positions go on from its prompt's."""
+    groups = _grouped(rows)
+    prompts = [group[0].prompt for group in groups]
+    lengths = [len(prompt.ids) for prompt in prompts]
+    responses = torch.cat([row.response for group in groups for row in group])
+    axes, start = prompts[0].positions.shape[0], sum(lengths)
+    positions, before = [], {}
+    for group, end in zip(groups, itertools.accumulate(lengths), strict=True):
+        for row in group:
+            own = torch.arange(len(row.response))
+            positions.append((row.prompt.next_position + own).expand(axes, -1))
+            before[id(row)] = torch.where(own == 0, end - 1, start + own - 1)
+            start += len(own)
+    layout = Layout.of(lengths, [[len(row.response) for row in group] for group in groups], device)
+    return Batch(
+        ids=torch.cat([*(prompt.ids for prompt in prompts), responses])[None].to(device),
+        positions=torch.cat([*(p.positions for p in prompts), *positions], dim=1)[:, None].to(
+            device
+        ),
+        image_mask=torch.cat(
+            [*(p.image_mask for p in prompts), torch.zeros(len(responses), dtype=torch.bool)]
+        )[None].to(device),
+        shown=[group[0] for group in groups],
+        options={"layout": layout},
+        before=torch.cat([before[id(row)] for row in rows]).to(device),
+    )
+
+
+def packed_tokens(rows: Sequence[Row]) -> int:
+    """What rows cost: every prompt once with the same pixels, and responses as long as the
+    longest, as attention pads them."""
+    prompts = {(id(row.prompt), id(row.pixels)): len(row.prompt.ids) for row in rows}
+    return sum(prompts.values()) + len(rows) * max(len(row.response) for row in rows)
+
+
+def _grouped(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows that share prompt and pixels; prompts of one length follow each other."""
+    groups: dict[tuple[int, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((id(row.prompt), id(row.pixels)), []).append(row)
+    return sorted(groups.values(), key=lambda group: len(group[0].prompt.ids))

@@ -1,0 +1,148 @@
+"""The model a token at a time: prompts first, then one more token of each response.
+
+A policy that packs (see `cppo.policy.packed`) decodes in groups; any other in rows, as transformers
+itself does.
+
+Shapes: P prompts, S responses being sampled, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from cppo.policy.batch import Row
+from cppo.policy.loading import Policy
+from cppo.policy.prompts import Prompt
+from cppo.policy.scoring import encode_images
+from cppo.rollout.cache import GroupCache
+
+
+class Decoder(Protocol):
+    """The responses to some prompts, as many to each."""
+
+    def begin(self) -> Tensor:
+        """Runs the prompts. Returns the states that predict the responses' first tokens, (S, D)."""
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        """Runs one more token of each response, (S,). Returns the states that predict the next."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with these responses alone (indices in order)."""
+
+
+def decoder(policy: Policy, prompts: Sequence[Prompt], responses: int) -> Decoder:
+    return (InGroups if policy.packs else InRows)(policy, prompts, responses)
+
+
+class InGroups:
+    """Prompts are packed, and each is run, and its keys and values are held, once for its group."""
+
+    def __init__(self, policy: Policy, prompts: Sequence[Prompt], responses: int) -> None:
+        self._policy, self._prompts, self._responses = policy, prompts, responses
+        lengths = [len(prompt.ids) for prompt in prompts]
+        self._cache = GroupCache(lengths, responses, policy.device)
+        self._positions = _first_positions(prompts, responses, policy.device)
+
+    def begin(self) -> Tensor:
+        prompts, device = self._prompts, self._policy.device
+        ends = torch.tensor([len(prompt.ids) for prompt in prompts]).cumsum(0) - 1
+        hidden = self._run(
+            torch.cat([prompt.ids for prompt in prompts])[None].to(device),
+            torch.cat([prompt.positions for prompt in prompts], dim=1)[:, None].to(device),
+            torch.cat([prompt.image_mask for prompt in prompts])[None].to(device),
+            _features(self._policy, prompts),
+        )
+        return hidden[0, ends.to(device)].repeat_interleave(self._responses, dim=0)
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        self._cache.advance()
+        hidden = self._run(tokens[:, None], self._positions, None, None)
+        self._positions = self._positions + 1
+        return hidden[:, -1]
+
+    def keep(self, rows: Tensor) -> None:
+        self._cache.keep(rows)
+        self._positions = self._positions[:, rows]
+
+    def _run(self, *given: Any) -> Tensor:
+        policy = self._policy
+        output = policy.family.hidden_states(
+            policy.base, *given, use_cache=False, layout=self._cache
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+
+class InRows:
+    """Prompts are padded on the left, and transformers' cache is copied for each response."""
+
+    def __init__(self, policy: Policy, prompts: Sequence[Prompt], responses: int) -> None:
+        self._policy, self._prompts, self._responses = policy, prompts, responses
+        self._positions = _first_positions(prompts, responses, policy.device)
+        self._cache: Any = None
+        self._mask: Tensor | None = None  # (S, positions so far), where prompts are padded
+
+    def begin(self) -> Tensor:
+        prompts, device = self._prompts, self._policy.device
+        longest = max(len(prompt.ids) for prompt in prompts)
+
+        def lined_up(tensors: Sequence[Tensor]) -> Tensor:
+            padded = [pad(tensor, (longest - tensor.shape[-1], 0)) for tensor in tensors]
+            return torch.stack(padded, dim=-2).to(device)
+
+        mask = lined_up([torch.ones_like(prompt.ids) for prompt in prompts])
+        self._mask = None if mask.all() else mask
+        hidden = self._run(
+            lined_up([prompt.ids for prompt in prompts]),
+            lined_up([prompt.positions for prompt in prompts]),
+            lined_up([prompt.image_mask for prompt in prompts]),
+            _features(self._policy, prompts),
+        )
+        self._cache.batch_repeat_interleave(self._responses)
+        if self._mask is not None:
+            self._mask = self._mask.repeat_interleave(self._responses, dim=0)
+        return hidden.repeat_interleave(self._responses, dim=0)
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        if self._mask is not None:
+            self._mask = pad(self._mask, (0, 1), value=1)
+        hidden = self._run(tokens[:, None], self._positions, None, None)
+        self._positions = self._positions + 1
+        return hidden
+
+    def keep(self, rows: Tensor) -> None:
+        self._cache.batch_select_indices(rows)
+        self._positions = self._positions[:, rows]
+        self._mask = None if self._mask is None else self._mask[rows]
+
+    def _run(self, *given: Any) -> Tensor:
+        """The last state of each row."""
+        policy = self._policy
+        output = policy.family.hidden_states(
+            policy.base,
+            *given,
+            past_key_values=self._cache,
+            attention_mask=self._mask,
+            use_cache=True,
+        )
+        self._cache = output.past_key_values
+        hidden: Tensor = output.last_hidden_state[:, -1]
+        return hidden
+
+
+def _first_positions(prompts: Sequence[Prompt], responses: int, device: torch.device) -> Tensor:
+    """Of each response's first token, (axes, S, 1)."""
+    first = torch.tensor([prompt.next_position for prompt in prompts], device=device)
+    axes = prompts[0].positions.shape[0]
+    return first.repeat_interleave(responses)[None, :, None].expand(axes, -1, -1)
+
+
+def _features(policy: Policy, prompts: Sequence[Prompt]) -> Tensor:
+    return encode_images(
+        policy, [Row(prompt=p, pixels=p.pixels, response=p.ids[:0]) for p in prompts]
+    )
