@@ -123,15 +123,13 @@ def select_tokens(
         return candidates & (scores > threshold)
     order = scores.argsort(dim=-1, descending=True, stable=True)
     place = order.argsort(dim=-1)  # a stable sort puts the earlier of two equals first
-    number = candidates.sum(-1, keepdim=True)
-    k = share_of(number, fraction, count)
+    k = share_of(candidates.sum(-1, keepdim=True), fraction, count)
     if keep == "share_of_rise":
         gains = _widen(scores).masked_fill(~candidates, 0.0)
         total = gains.sum(-1, keepdim=True)
         reached = gains.gather(-1, order).cumsum(-1)
         if count == "floor":
-            ranked = torch.arange(scores.shape[-1], device=scores.device) < number
-            k = (ranked & (reached <= (fraction + 1e-5) * total)).sum(-1, keepdim=True)
+            k = (reached <= (fraction + 1e-5) * total).sum(-1, keepdim=True)
         else:
             k = (reached < (fraction - 1e-5) * total).sum(-1, keepdim=True) + 1
     k = k.clamp(min=1)

@@ -133,7 +133,7 @@ def test_only_responses_with_a_positive_advantage_have_perception_tokens_however
 
 
 def test_several_removing_views_are_averaged() -> None:
-    # Entropies 3 and 1 average to 2, 1 and 2 to 1.5: against 1.75 only the first token's rises.
+    # Entropies 1 and 4 average to 2.5, 3 and 0 to 1.5: against 1.75 only the first token's rises.
     # Their k3 average to (0.306853 + 0.193147) / 2 = 1/4 there; preserved, it is 0.193147.
     names = ("removed", "removed_2")
     tokens = batch_of(
@@ -142,7 +142,7 @@ def test_several_removing_views_are_averaged() -> None:
         {"preserved": [[-LN2, 0]], "removed": [[LN2, 0]], "removed_2": [[-LN2, 0]]},
     )
     views = dict(tokens.views)
-    for name, row in zip(names, ([3.0, 1.0], [1.0, 2.0]), strict=True):
+    for name, row in zip(names, ([1.0, 3.0], [4.0, 0.0]), strict=True):
         views[name] = replace(views[name], entropy=entropies(row))
     seen = replace(tokens.seen, entropy=entropies([1.75, 1.75]))
     tokens = replace(tokens, seen=seen, views=views)

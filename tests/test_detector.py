@@ -367,6 +367,24 @@ def test_kept_tokens_are_the_definition_token_by_token(
         assert mask[0].tolist() == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("count", ["floor", "ceil"])
+def test_of_equal_rises_a_share_is_that_share_of_the_tokens(count: Any, dtype: torch.dtype) -> None:
+    rounded = {"floor": math.floor, "ceil": math.ceil}[count]
+    for number in range(1, 31):
+        scores = torch.full((1, number), 0.1, dtype=dtype)  # 0.1 + 0.1 + 0.1 exceeds 0.3
+        for percent in (1, 10, 20, 30, 60, 70, 90, 100):
+            kept = select_tokens(
+                scores,
+                scores > 0,
+                keep="share_of_rise",
+                fraction=percent / 100,
+                count=count,
+                ties="cut",
+            )
+            assert kept.sum() == max(1, rounded(Fraction(percent * number, 100)))
+
+
 @pytest.mark.parametrize("keep", ["rise_above", "share_of_rise"])
 @laws
 @given(seed=seeds, fill=st.sampled_from(FILLS))

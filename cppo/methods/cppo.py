@@ -123,19 +123,16 @@ class CPPO(GRPO):
 
     @property
     def views(self) -> tuple[View, ...]:
-        view = partial(
-            View,
+        preserved = View(
+            name="preserved",
+            perturbations=self.preserving,
             draw=self.draw,
+            gradient="preserved" not in self.stop_gradient,
             positive_only=True,
             full_divergence=self.divergence == "full",
         )
-        learns = {name: name not in self.stop_gradient for name in ("preserved", "removed")}
-        preserved = view(
-            name="preserved", perturbations=self.preserving, gradient=learns["preserved"]
-        )
-        removed = view(
-            name="removed", perturbations=self.removing, gradient=learns["removed"], detects=True
-        )
+        learns = "removed" not in self.stop_gradient
+        removed = replace(preserved, perturbations=self.removing, gradient=learns, detects=True)
         return (preserved, *(replace(removed, name=name) for name in self.removed))
 
     def detect(self, seen: Scores, removed: Sequence[Scores], mask: Tensor) -> Tensor:
