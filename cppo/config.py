@@ -160,7 +160,8 @@ class TrainConfig:
     Args:
         model: "builtin", a folder, or a Hub id (Qwen2-VL, Qwen2.5-VL, Qwen3-VL).
         data: "builtin", a file or folder (parquet, JSON lines, images), or a Hub id.
-        method: The algorithm (grpo, dapo, dr_grpo, gspo, cppo, cppo_areal).
+        method: The algorithm (grpo, dapo, dr_grpo, gspo, cppo, cppo_areal, papo, papo_dapo, vppo,
+            pgpo, dvrp).
         method_options: Options of the method, in place of its published ones.
         reward: "default", or "package.module:function".
         steps: Rollout-and-update steps.

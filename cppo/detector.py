@@ -13,6 +13,7 @@ from torch import Tensor
 Count = Literal["floor", "ceil"]
 Ties = Literal["keep", "cut"]
 Score = Literal["relative", "absolute"]
+Keep = Literal["fraction", "rise_above", "share_of_rise"]
 
 
 def _check_option(name: str, given: str, options: Any) -> None:
@@ -58,7 +59,9 @@ def perception_mask(
     removed_entropy: Tensor,
     response_mask: Tensor,
     *,
+    keep: Keep = "fraction",
     fraction: float = 0.5,
+    threshold: float = 0.0,
     count: Count = "floor",
     ties: Ties = "keep",
     score: Score = "relative",
@@ -67,38 +70,88 @@ def perception_mask(
     """The perception tokens: the top fraction of the tokens whose entropy rises.
 
     `entropy`, `removed_entropy` (nats) and `response_mask` are (B, T). Candidates are the response
-    tokens whose entropy rises; each response keeps its k best by `rise`, with k = fraction *
-    candidates rounded by `count`, at least one, and none where nothing rises. Of tokens tied at the
-    k-th place, "keep" takes all and "cut" the earliest. The fraction is read as the nearest ratio
-    of integers with a denominator up to a million, so that 0.1 of 30 is 3 and 1/3 of 30 is 10.
+    tokens whose entropy rises; of these, `select_tokens` keeps the best by `rise`: k = fraction *
+    candidates of each response unless `keep` says otherwise, none where nothing rises.
 
     Returns booleans (B, T), without gradient. Raises ValueError for shapes that differ, an unknown
     option or a fraction outside (0, 1]. Source: 2601.00501 (floor and keep, or ceil and cut, as the
     two published codes do).
     """
     _check_shapes(entropy=entropy, removed_entropy=removed_entropy, response_mask=response_mask)
+    entropy, removed_entropy = entropy.detach(), removed_entropy.detach()
+    return select_tokens(
+        rise(entropy, removed_entropy, score=score, epsilon=epsilon),
+        response_mask.bool() & (removed_entropy > entropy),
+        keep=keep,
+        fraction=fraction,
+        threshold=threshold,
+        count=count,
+        ties=ties,
+    )
+
+
+def select_tokens(
+    scores: Tensor,
+    candidates: Tensor,
+    *,
+    keep: Keep = "fraction",
+    fraction: float = 0.5,
+    threshold: float = 0.0,
+    count: Count = "floor",
+    ties: Ties = "keep",
+) -> Tensor:
+    """The candidates that score best, response by response.
+
+    `scores` and `candidates` are (B, T). What is kept of each response:
+    "fraction": its k best, k = `fraction` * candidates rounded by `count`, at least one.
+    "share_of_rise": its best that make up `fraction` of the sum of its candidates' scores, which
+    must not be negative: with "floor" as many as do not exceed it, at least one; with "ceil" as few
+    as reach it. A rounding error of 1e-5 of the sum does not count.
+    "rise_above": those that score above `threshold`; there may be none.
+
+    Of tokens tied at the last place, "keep" takes all and "cut" the earliest. The fraction of a
+    number of tokens is read as in `share_of`. Returns booleans (B, T), without gradient. Raises
+    ValueError for shapes that differ, an unknown option or a fraction outside (0, 1].
+    """
+    _check_shapes(scores=scores, candidates=candidates)
+    _check_option("keep", keep, Keep)
     _check_option("count", count, Count)
     _check_option("ties", ties, Ties)
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction={fraction} is outside (0, 1]: pass the share of rising tokens")
-
-    entropy, removed_entropy = entropy.detach(), removed_entropy.detach()
-    candidates = response_mask.bool() & (removed_entropy > entropy)
-    scores = rise(entropy, removed_entropy, score=score, epsilon=epsilon)
-    scores = scores.masked_fill(~candidates, -torch.inf)
-
-    share = Fraction(fraction).limit_denominator(1_000_000)
-    product = share.numerator * candidates.sum(-1, keepdim=True)
-    if count == "ceil":
-        product = product + share.denominator - 1
-    k = (product // share.denominator).clamp(min=1)
-
-    # Twice argsort gives each token's place; a stable sort puts the earlier of two equals first.
-    place = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    candidates = candidates.bool()
+    scores = scores.detach().masked_fill(~candidates, -torch.inf)
+    if keep == "rise_above":
+        return candidates & (scores > threshold)
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    place = order.argsort(dim=-1)  # a stable sort puts the earlier of two equals first
+    k = share_of(candidates.sum(-1, keepdim=True), fraction, count)
+    if keep == "share_of_rise":
+        gains = _widen(scores).masked_fill(~candidates, 0.0)
+        total = gains.sum(-1, keepdim=True)
+        reached = gains.gather(-1, order).cumsum(-1)
+        if count == "floor":
+            k = (reached <= (fraction + 1e-5) * total).sum(-1, keepdim=True)
+        else:
+            k = (reached < (fraction - 1e-5) * total).sum(-1, keepdim=True) + 1
+    k = k.clamp(min=1)
     if ties == "cut":
         return candidates & (place < k)
     kth_score = torch.where(place == k - 1, scores, 0.0).sum(-1, keepdim=True)
     return candidates & (scores >= kth_score)
+
+
+def share_of(numbers: Tensor, fraction: float, count: Count = "floor") -> Tensor:
+    """`fraction` of whole `numbers`, rounded down ("floor") or up ("ceil").
+
+    The fraction is read as the nearest ratio of integers with a denominator up to a million, so
+    that 0.1 of 30 is 3 and 1/3 of 30 is 10. Raises ValueError for a fraction outside (0, 1].
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction={fraction} is outside (0, 1]: pass the share of rising tokens")
+    share = Fraction(fraction).limit_denominator(1_000_000)
+    product = share.numerator * numbers
+    if count == "ceil":
+        product = product + share.denominator - 1
+    return product // share.denominator
 
 
 def roc_auc(scores: Tensor, labels: Tensor) -> float:

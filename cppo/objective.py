@@ -87,16 +87,30 @@ def contrastive_perception_loss(
         mask=mask,
     )
     _check_option("divergence", divergence, Divergence)
+    seen, preserved, removed = (
+        torch.where(mask.bool(), view, 0.0)
+        for view in (logprobs, preserved_logprobs, removed_logprobs)
+    )
+    to_preserved = _estimate_divergence(seen, preserved, divergence)
+    to_removed = _estimate_divergence(seen, removed, divergence)
+    return contrast_divergences(to_preserved, to_removed, mask, temperature=temperature)
+
+
+def contrast_divergences(
+    to_preserved: Tensor, to_removed: Tensor, mask: Tensor, *, temperature: float = 0.1
+) -> Tensor:
+    """`contrastive_perception_loss` of divergences that are known, whatever their kind.
+
+    softplus((to_preserved - to_removed) / temperature) at each token that `mask` keeps, in nats.
+    All tensors are (B, T); so is the result, zero outside the mask. Raises ValueError for shapes
+    that differ or a temperature that is not positive. Source: 2601.00501.
+    """
+    _check_shapes(to_preserved=to_preserved, to_removed=to_removed, mask=mask)
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be positive; the paper uses 0.1")
     mask = mask.bool()
-    logprobs = torch.where(mask, logprobs, 0.0)
-    to_preserved = _estimate_divergence(
-        logprobs, torch.where(mask, preserved_logprobs, 0.0), divergence
-    )
-    to_removed = _estimate_divergence(
-        logprobs, torch.where(mask, removed_logprobs, 0.0), divergence
-    )
+    to_preserved = torch.where(mask, _widen(to_preserved), 0.0)
+    to_removed = torch.where(mask, _widen(to_removed), 0.0)
     # -logsigmoid(-x) is softplus(x) without the cut to x above 20 that torch's softplus makes.
     loss = -logsigmoid((to_removed - to_preserved) / temperature)
     return torch.where(mask, loss, 0.0)

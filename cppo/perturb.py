@@ -321,13 +321,35 @@ def heavy_blur(image: Image, rng: Generator, *, sigma_share: float = 0.06) -> Im
 def heavy_noise(image: Image, rng: Generator, *, signal_power: float = 0.005) -> Image:
     """sqrt(a) x + sqrt(1 - a) e: a = `signal_power`, x levels scaled to -1 .. 1, e standard normal.
 
-    The diffusion noise of NoisyRollout (2504.13055) and DVRP (2601.06801); VPPO (2510.09285) tries
-    noise as removing view. The value is ours: noise that is only added and clipped leaves print
-    legible even at a standard deviation of 190 levels.
+    VPPO (2510.09285) tries noise as removing view. The value is ours: noise that is only added and
+    clipped leaves print legible even at a standard deviation of 190 levels.
     """
     power = np.float32(_within("signal_power", signal_power, 0, 1))
     signal = np.sqrt(power) * (np.asarray(image) / np.float32(127.5) - 1)
     return _from_levels((signal + np.sqrt(1 - power) * _standard_normal(image, rng) + 1) * 127.5)
+
+
+def diffusion_noise(
+    image: Image, rng: Generator, *, step: int = 500, schedule: str = "sigmoid"
+) -> Image:
+    """sqrt(a) x + sqrt(1 - a) e after `step` (0 to 999): x levels in 0 .. 1, e standard normal.
+
+    a is the product of 1 - beta over steps 0 to `step` of 1000. "sigmoid": beta is 1e-5 +
+    (5e-3 - 1e-5) sigmoid(z), z evenly from -6 to 6; step 500 leaves a = 0.74. "linear": beta is
+    evenly from 1e-4 to 0.02 (DDPM, 2006.11239); step 500 leaves a = 0.08. Step 500, "sigmoid" and
+    levels in 0 .. 1 (so that the image darkens) are those of NoisyRollout's code (2504.13055);
+    DVRP (2601.06801) names diffusion noise without a schedule that we know of.
+    """
+    last = _whole("step", step, 0, 999)
+    if _one_of("schedule", schedule, ("sigmoid", "linear")) == "sigmoid":
+        betas = 1e-5 + (5e-3 - 1e-5) / (1 + np.exp(-np.linspace(-6, 6, 1000)))
+    else:
+        betas = np.linspace(1e-4, 0.02, 1000)
+    power = np.prod(1 - betas[: last + 1])
+    signal = np.float32(np.sqrt(power)) * np.asarray(image)
+    return _from_levels(
+        signal + np.float32(255 * np.sqrt(1 - power)) * _standard_normal(image, rng)
+    )
 
 
 PRESERVING: dict[str, Perturbation] = {
@@ -347,6 +369,7 @@ REMOVING: dict[str, Perturbation] = {
     "blackout": blackout,
     "heavy_blur": heavy_blur,
     "heavy_noise": heavy_noise,
+    "diffusion_noise": diffusion_noise,
 }
 
 

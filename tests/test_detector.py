@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import cppo.doctor
-from cppo.detector import perception_mask, precision, precision_at_k, rise, roc_auc
+from cppo.detector import (
+    perception_mask,
+    precision,
+    precision_at_k,
+    rise,
+    roc_auc,
+    select_tokens,
+    share_of,
+)
 
 pytestmark = [pytest.mark.device, pytest.mark.usefixtures("tensors_on_device")]
 GOLDEN = json.loads((Path(cppo.doctor.__file__).with_name("golden.json")).read_text())
@@ -293,6 +301,7 @@ def test_the_mask_carries_no_gradient() -> None:
         ({"count": "round"}, "count='round' is unknown: choose one of floor, ceil"),
         ({"ties": "drop"}, "ties='drop' is unknown: choose one of keep, cut"),
         ({"score": "ratio"}, "score='ratio' is unknown: choose one of relative, absolute"),
+        ({"keep": "all"}, "keep='all' is unknown: choose one of fraction, rise_above, share_of"),
     ],
 )
 def test_errors_say_what_was_given_and_what_is_allowed(
@@ -307,6 +316,102 @@ def test_shapes_that_differ_are_refused() -> None:
     x = torch.zeros(1, 2)
     with pytest.raises(ValueError, match=r"response_mask \(2, 2\)"):
         perception_mask(x, x, torch.ones(2, 2, dtype=torch.bool))
+
+
+# --- keeping by threshold or share ----------------------------------------------------------------
+
+
+def kept_of_one_response(
+    scores: list[int], candidates: list[bool], keep: str, fraction: Fraction, count: str, ties: str
+) -> list[bool]:
+    """The definition on whole numbers, one token after the other."""
+    ranked = sorted((t for t, c in enumerate(candidates) if c), key=lambda t: (-scores[t], t))
+    if keep == "rise_above":
+        return [t in ranked and score > 2 for t, score in enumerate(scores)]
+    goal = fraction * sum(scores[t] for t in ranked)
+    sums = [sum(scores[t] for t in ranked[:k]) for k in range(len(ranked) + 1)]
+    if count == "floor":
+        k = max(k for k, reached in enumerate(sums) if reached <= goal)
+    else:
+        k = min(k for k, reached in enumerate(sums) if reached >= goal)
+    kept = set(ranked[: max(1, k)])
+    last = min((scores[t] for t in kept), default=0)
+    tied = {t for t in ranked if scores[t] == last and ties == "keep"}
+    return [t in kept | tied for t in range(len(scores))]
+
+
+@laws
+@given(
+    tokens=st.lists(st.tuples(st.integers(1, 5), st.booleans()), min_size=1, max_size=12),
+    keep=st.sampled_from(["rise_above", "share_of_rise"]),
+    fraction=st.sampled_from(["0.1", "0.2", "1/3", "0.5", "0.7", "0.9", "1"]),
+    count=st.sampled_from(["floor", "ceil"]),
+    ties=st.sampled_from(["keep", "cut"]),
+    scale=st.sampled_from([1.0, 0.1, 1e-3]),
+)
+def test_kept_tokens_are_the_definition_token_by_token(
+    tokens: list[tuple[int, bool]], keep: Any, fraction: str, count: Any, ties: Any, scale: float
+) -> None:
+    scores, candidates = [s for s, _ in tokens], [c for _, c in tokens]
+    for dtype in (torch.float32, torch.float64):
+        mask = select_tokens(
+            torch.tensor([scores], dtype=dtype) * scale,
+            torch.tensor([candidates]),
+            keep=keep,
+            fraction=float(Fraction(fraction)),
+            threshold=2.5 * scale,
+            count=count,
+            ties=ties,
+        )
+        expected = kept_of_one_response(scores, candidates, keep, Fraction(fraction), count, ties)
+        assert mask[0].tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("count", ["floor", "ceil"])
+def test_of_equal_rises_a_share_is_that_share_of_the_tokens(count: Any, dtype: torch.dtype) -> None:
+    rounded = {"floor": math.floor, "ceil": math.ceil}[count]
+    for number in range(1, 31):
+        scores = torch.full((1, number), 0.1, dtype=dtype)  # 0.1 + 0.1 + 0.1 exceeds 0.3
+        for percent in (1, 10, 20, 30, 60, 70, 90, 100):
+            kept = select_tokens(
+                scores,
+                scores > 0,
+                keep="share_of_rise",
+                fraction=percent / 100,
+                count=count,
+                ties="cut",
+            )
+            assert kept.sum() == max(1, rounded(Fraction(percent * number, 100)))
+
+
+@pytest.mark.parametrize("keep", ["rise_above", "share_of_rise"])
+@laws
+@given(seed=seeds, fill=st.sampled_from(FILLS))
+def test_what_is_no_candidate_does_not_move_what_is_kept(keep: Any, seed: int, fill: float) -> None:
+    scores, _, candidates = random_entropies(seed, 4, 9)
+    kept = select_tokens(scores, candidates, keep=keep, threshold=0.5)
+    assert not (kept & ~candidates).any()
+    filled = torch.where(candidates, scores, fill)
+    assert torch.equal(select_tokens(filled, candidates, keep=keep, threshold=0.5), kept)
+    for b in range(4):
+        alone = select_tokens(scores[b : b + 1], candidates[b : b + 1], keep=keep, threshold=0.5)
+        assert torch.equal(alone[0], kept[b])
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0)])
+def test_of_a_batch_without_tokens_nothing_is_kept(shape: tuple[int, int]) -> None:
+    for keep in ("fraction", "rise_above", "share_of_rise"):
+        scores = torch.zeros(shape)
+        assert select_tokens(scores, scores.bool(), keep=keep).shape == shape  # type: ignore[arg-type]
+
+
+def test_shares_of_numbers_are_exact_where_floating_point_is_not() -> None:
+    numbers = torch.arange(0, 200)
+    for percent in range(1, 101):
+        for count, rounded in (("floor", math.floor), ("ceil", math.ceil)):
+            expected = [rounded(Fraction(percent * n, 100)) for n in range(200)]
+            assert share_of(numbers, percent / 100, count).tolist() == expected  # type: ignore[arg-type]
 
 
 # --- rise ---------------------------------------------------------------------------------------

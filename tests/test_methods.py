@@ -1,63 +1,17 @@
 """Laws of the methods: their options, and what they compute. B responses, T tokens."""
 
-import json
 import math
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from tokens import GOLDEN, check, every_response, golden_tokens, tokens_of
 
-import cppo.doctor
-from cppo.methods import CPPO, GRPO, METHODS, Scores, Tokens, build
+from cppo.methods import CPPO, GRPO, METHODS, PAPO, PGPO, VPPO, build
 from cppo.objective import aggregate
 
-GOLDEN = json.loads((Path(cppo.doctor.__file__).with_name("golden.json")).read_text())
-VIEWS = ("preserved", "removed", "blind")
-every_response = pytest.mark.parametrize(
-    "response", GOLDEN["responses"], ids=lambda r: f"T{len(r['logprobs'])}"
-)
 every_method = pytest.mark.parametrize("name", list(METHODS))
-
-
-def golden_tokens(response: dict[str, Any], *, advantage: float | None = None) -> Tokens:
-    """A golden response as the only one of a batch, in float64, behind it one token of padding."""
-
-    def padded(values: list[float], fill: float = math.nan) -> Tensor:
-        return torch.tensor([[*values, fill]], dtype=torch.float64)
-
-    logprobs, nothing = padded(response["logprobs"]), padded([math.nan] * len(response["logprobs"]))
-    entropies = {"removed": padded(response["removed_entropy"])}
-    given = response["advantage"] if advantage is None else advantage
-    return Tokens(
-        mask=torch.tensor([[True] * len(response["logprobs"]) + [False]]),
-        advantages=torch.tensor([given], dtype=torch.float64),
-        old_logprobs=padded(response["old_logprobs"]),
-        seen=Scores(logprobs=logprobs, entropy=padded(response["entropy"])),
-        views={
-            view: Scores(
-                logprobs=padded(response[f"{view}_logprobs"]), entropy=entropies.get(view, nothing)
-            )
-            for view in VIEWS
-        },
-    )
-
-
-def tokens_of(log_ratios: list[float], advantage: float) -> Tokens:
-    """One response of which nothing but ratios and advantage is known."""
-    logprobs = torch.tensor([log_ratios], dtype=torch.float64) - 1.0
-    return Tokens(
-        mask=torch.ones(logprobs.shape, dtype=torch.bool),
-        advantages=torch.tensor([advantage], dtype=torch.float64),
-        old_logprobs=torch.full_like(logprobs, -1.0),
-        seen=Scores(logprobs=logprobs, entropy=torch.zeros_like(logprobs)),
-    )
-
-
-def check(actual: Tensor, expected: Any, tolerance: float = 1e-9) -> None:
-    expected = torch.as_tensor(expected, dtype=torch.float64).reshape(actual.shape)
-    torch.testing.assert_close(actual.double(), expected, atol=tolerance, rtol=tolerance)
 
 
 # --- options ------------------------------------------------------------------------------------
@@ -79,6 +33,20 @@ def test_published_settings_are_the_defaults() -> None:
     assert (dr_grpo.normalize, dr_grpo.aggregation) == (False, "sequence-sum-norm")
     assert (gspo.clip_low, gspo.clip_high, gspo.aggregation) == (3e-4, 4e-4, "sequence-mean")
     assert not build("grpo").resample
+    papo, papo_dapo, vppo, pgpo = build("papo"), build("papo_dapo"), build("vppo"), build("pgpo")
+    assert isinstance(papo, PAPO)
+    assert isinstance(papo_dapo, PAPO)
+    assert (papo.clip_low, papo.clip_high, papo.reference_kl, papo.weight) == (0.2, 0.3, 0.01, 0.02)
+    assert (papo.entropy_weight, papo.masked_entropy_weight, papo.resample) == (0.0, 0.0, False)
+    assert (papo_dapo.reference_kl, papo_dapo.weight, papo_dapo.entropy_weight) == (0.0, 0.01, 0.03)
+    assert papo_dapo.masked_entropy_weight == 0.03
+    assert isinstance(vppo, VPPO)
+    assert (vppo.fraction, vppo.scale_low, vppo.entropy_weight) == (0.4, 0.9, 0.06)
+    assert isinstance(pgpo, PGPO)
+    assert (pgpo.threshold, pgpo.tau, pgpo.beta) == ("absolute", 0.4, 2.0)
+    assert (pgpo.floor, pgpo.conserve_mass) == (0.0, True)
+    for m in (papo_dapo, vppo, pgpo):
+        assert (m.clip_low, m.clip_high, m.resample, m.reference_kl) == (0.2, 0.28, True, 0.0)
     for name, expected in {
         "cppo": (0.01, 0.1, 0.5, "k3", "floor", "keep", "image", 0.2, False),
         "cppo_areal": (0.01, 0.1, 0.5, "k1", "ceil", "cut", "item", 0.4, True),
@@ -115,6 +83,7 @@ def test_an_unknown_method_or_option_names_the_nearest(
         ("clip_high", 0.0),
         ("dual_clip", 1.0),
         ("reference_kl", -0.1),
+        ("reference_kl_schedule", "sine"),
         ("aggregation", "mean"),
         ("average_over", "rank"),
         ("weight", -1e-9),
@@ -283,14 +252,25 @@ def test_the_reference_term_is_the_weighted_k3_divergence(name: str) -> None:
     tokens = golden_tokens(GOLDEN["responses"][3])
     drift = math.log(2.0)
     reference = torch.where(tokens.mask, tokens.seen.logprobs + drift, math.nan)
-    tokens = Tokens(**{**vars(tokens), "reference_logprobs": reference})
+    tokens = replace(tokens, reference_logprobs=reference)
     plan = method.plan(tokens)
     term = method.terms(tokens, plan)["reference_kl"]
     assert term.weight == 0.04
     check(term.per_token[tokens.mask], [2.0 - drift - 1.0] * int(tokens.mask.sum()))
     assert torch.equal(plan.averages["reference_kl"].mask, tokens.mask)
     assert plan.averages["reference_kl"].mode == method.aggregation
-    assert "reference_kl" not in build(name).terms(tokens, build(name).plan(tokens))
+    without = build(name, {"reference_kl": 0.0})
+    assert "reference_kl" not in without.terms(tokens, without.plan(tokens))
+    for schedule, weights in {  # at the start, after a quarter, after half, at the end
+        "constant": (0.04, 0.04, 0.04, 0.04),
+        "linear": (0.04, 0.03, 0.02, 0.0),
+        "cosine": (0.04, 0.02 * (1 + math.sqrt(0.5)), 0.02, 0.0),
+    }.items():
+        method = build(name, {"reference_kl": 0.04, "reference_kl_schedule": schedule})
+        for progress, weight in zip((0.0, 0.25, 0.5, 1.0), weights, strict=True):
+            then = replace(tokens, progress=progress)
+            annealed = method.terms(then, method.plan(then))["reference_kl"]
+            assert annealed.weight == pytest.approx(weight, abs=1e-12)
 
 
 # --- plans and views ----------------------------------------------------------------------------
@@ -299,6 +279,7 @@ def test_the_reference_term_is_the_weighted_k3_divergence(name: str) -> None:
 @every_method
 def test_terms_and_averages_have_the_same_names_and_plans_no_gradient(name: str) -> None:
     method, tokens = build(name), golden_tokens(GOLDEN["responses"][3])
+    tokens = replace(tokens, reference_logprobs=tokens.old_logprobs)
     tokens.seen.logprobs.requires_grad_(True)
     tokens.seen.entropy.requires_grad_(True)
     plan = method.plan(tokens)

@@ -18,6 +18,7 @@ import cppo.doctor
 from cppo.objective import (
     aggregate,
     clipped_surrogate,
+    contrast_divergences,
     contrastive_perception_loss,
     count_units,
     divergence,
@@ -80,6 +81,9 @@ LOSSES: dict[str, Loss] = {
     "contrastive_k3": lambda x, y, z, a, m: contrastive_perception_loss(x, y, z, m),
     "contrastive_k1": lambda x, y, z, a, m: contrastive_perception_loss(
         x, y, z, m, divergence="k1"
+    ),
+    "contrast_divergences": lambda x, y, z, a, m: contrast_divergences(
+        divergence(x, y), divergence(x, z), m
     ),
     "clipped_surrogate": lambda x, y, z, a, m: clipped_surrogate(x, y, a),
     "sequence_surrogate": lambda x, y, z, a, m: sequence_surrogate(x, y, a, m, low=0.1, high=0.2),

@@ -542,6 +542,31 @@ def test_heavy_noise_mixes_signal_and_noise_by_power() -> None:
     assert 5 < white - black < 20  # of 255, under noise of more than 80
 
 
+@pytest.mark.parametrize(
+    ("schedule", "step", "power"),  # the product of 1 - beta from step 0 on
+    [
+        ("sigmoid", 0, 0.99998),
+        ("sigmoid", 250, 0.97839),
+        ("sigmoid", 500, 0.74480),
+        ("sigmoid", 999, 0.08125),
+        ("linear", 0, 0.9999),
+        ("linear", 500, 0.07780),
+    ],
+)
+def test_diffusion_noise_darkens_the_signal_and_adds_noise_as_its_schedule_says(
+    schedule: str, step: int, power: float
+) -> None:
+    given = {"schedule": schedule, "step": step}
+    for level in (40, 128, 255):
+        view = pixels(perturb(plain(level), "diffusion_noise", 0, **given))
+        # Clipping moves no quantile that lies within: the median, and half a deviation off it.
+        middle, half = math.sqrt(power) * level, math.sqrt(1 - power) * 255 / 2
+        if half < middle < 250:
+            assert np.median(view) == pytest.approx(middle, abs=3)
+            assert np.quantile(view, 0.3085) == pytest.approx(middle - half, abs=3)
+    assert pixels(perturb(plain(0), "diffusion_noise", 0, **given)).mean() < 128
+
+
 # What a person, or a model, still finds.
 
 
@@ -659,6 +684,9 @@ def test_preserving_views_keep_what_removing_views_lose(
         ("crop_out", {"area_share": -0.1}, "area_share must be a number from 0 to 1"),
         ("heavy_blur", {"sigma_share": 2}, "sigma_share must be a number from 0 to 1"),
         ("heavy_noise", {"signal_power": -1}, "signal_power must be a number from 0 to 1"),
+        ("diffusion_noise", {"step": 1000}, "step must be a whole number from 0 to 999, not 1000"),
+        ("diffusion_noise", {"step": 0.5}, "step must be a whole number from 0 to 999"),
+        ("diffusion_noise", {"schedule": "cosine"}, "schedule must be one of sigmoid, linear"),
     ],
 )
 def test_an_unknown_name_or_a_value_out_of_range_is_refused_with_what_is_allowed(

@@ -30,7 +30,14 @@ MAX_NEW_TOKENS = 12
 LENGTHS = (3, 9, 5, 1, 7, 2)
 ADVANTAGES = (1.25, -0.75, 0.5, 0.875, -1.125, 0.0)  # exact in float32
 SPREADS = (1e-4, 0.3, 0.0, 0.1, 1e-4, 0.3)  # of old log-probabilities: some ratios are clipped
-WEIGHTS = {"cppo": {"weight": 1.0}, "cppo_areal": {"weight": 1.0}}  # so that the contrast counts
+WEIGHTS: dict[str, dict[str, Any]] = {  # so that what a method adds counts
+    "cppo": {"weight": 1.0},
+    "cppo_areal": {"weight": 1.0},
+    "papo": {"weight": 1.0, "entropy_weight": 0.5},
+    "papo_dapo": {"weight": 1.0, "masked_entropy_weight": 0.5, "learns_masked": True},
+    "vppo": {"scale_low": 0.2},
+    "dvrp": {"masked_weight": 1.0, "noised_weight": 0.7, "view_entropy_weight": 0.5},
+}
 TOLERANCE = 1e-6  # relative; transformers' norms compute in float32 whatever the weights are
 
 
@@ -224,6 +231,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, WEIGHTS.get(name, {})) for name in METHODS},
     "reference": ("grpo", {"reference_kl": 0.5, "dual_clip": 1.5}),
     "cppo by sequence": ("cppo", {"weight": 1.0, "aggregation": "sequence-mean"}),
+    "cppo alone": ("cppo", {"weight": 1.0, "policy_term": False, "removing_views": 2}),
+    "cppo in part": ("cppo", {"weight": 1.0, "stop_gradient": ["removed"]}),
 }
 TOYS = {"toy": Blind(), "toy that learns blind": Blind(learns_blind=True)}
 every_case = pytest.mark.parametrize("case", [*CASES, *TOYS])

@@ -20,7 +20,7 @@ from torch import Tensor
 from cppo.builtin.policy import SPECIAL, build_tokenizer
 from cppo.data import Item
 from cppo.device import Backend, resolve_attention
-from cppo.methods import GRPO, build
+from cppo.methods import GRPO, Scores, build
 from cppo.objective import aggregate, clipped_surrogate, contrastive_perception_loss
 from cppo.policy import Policy, Prompt, Scorer, encode_item, encode_view
 from cppo.policy.families.qwen_vl import QwenVL
@@ -318,7 +318,11 @@ class Naive:
             self._forward, self._pixels
         )
         better = self._mask & (self._advantages > 0)[:, None]
-        tokens = self._method.detect(entropy, removed_entropy, better)
+        tokens = self._method.detect(
+            Scores(logprobs=seen, entropy=entropy),
+            [Scores(logprobs=removed, entropy=removed_entropy)],
+            better,
+        )
         policy = clipped_surrogate(seen, seen.detach(), self._advantages)
         contrast = contrastive_perception_loss(
             seen, preserved, removed, tokens, temperature=self._method.contrast_temperature

@@ -15,9 +15,13 @@ from typing import Any
 from cppo.methods.cppo import CPPO, CPPO_AREAL
 from cppo.methods.dapo import DAPO
 from cppo.methods.dr_grpo import DR_GRPO
+from cppo.methods.dvrp import DVRP
 from cppo.methods.grpo import GRPO
 from cppo.methods.gspo import GSPO
 from cppo.methods.method import Average, Plan, Scores, Term, Tokens, View
+from cppo.methods.papo import PAPO, PAPO_DAPO
+from cppo.methods.pgpo import PGPO
+from cppo.methods.vppo import VPPO
 
 METHODS: dict[str, Callable[..., GRPO]] = {
     "grpo": GRPO,
@@ -26,6 +30,11 @@ METHODS: dict[str, Callable[..., GRPO]] = {
     "gspo": GSPO,
     "cppo": CPPO,
     "cppo_areal": CPPO_AREAL,
+    "papo": PAPO,
+    "papo_dapo": PAPO_DAPO,
+    "vppo": VPPO,
+    "pgpo": PGPO,
+    "dvrp": DVRP,
 }
 
 
@@ -58,8 +67,12 @@ def _nearest(given: str, known: list[str]) -> str:
 
 __all__ = [
     "CPPO",
+    "DVRP",
     "GRPO",
     "METHODS",
+    "PAPO",
+    "PGPO",
+    "VPPO",
     "Average",
     "Plan",
     "Scores",

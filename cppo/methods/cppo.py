@@ -7,119 +7,191 @@ view that preserves the content and away from what it says under a view that rem
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import get_args
+from typing import Any, Literal
 
-from PIL import Image
+import torch
 from torch import Tensor
 
-from cppo.detector import Count, Score, Ties, perception_mask
-from cppo.methods.grpo import GRPO, require
+from cppo import objective
+from cppo.detector import Count, Keep, Ties, perception_mask, select_tokens
+from cppo.methods.grpo import GRPO
 from cppo.methods.method import (
     Average,
     Draw,
     Perturbations,
     Plan,
+    Scores,
     Term,
     Tokens,
     View,
     positive,
 )
-from cppo.objective import Divergence, contrastive_perception_loss
-from cppo.perturb import PRESERVING, REMOVING, perturb
+from cppo.methods.options import require, require_choice, require_perturbations
+from cppo.methods.schedule import Schedule, anneal
+from cppo.objective import contrast_divergences
 
 PRESERVED: Perturbations = {"colour_jitter": {}, "perspective": {}, "rotation": {}}
 REMOVED: Perturbations = {"occlusion": {}, "zoom_crop": {}}
-CHOICES = {"divergence": Divergence, "count": Count, "ties": Ties, "score": Score, "draw": Draw}
+Divergence = Literal["k3", "k1", "full"]
+RankBy = Literal["relative", "absolute", "divergence"]
+CHOICES = {
+    "weight_schedule": Schedule,
+    "divergence": Divergence,
+    "keep": Keep,
+    "count": Count,
+    "ties": Ties,
+    "score": RankBy,
+    "draw": Draw,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CPPO(GRPO):
     """GRPO plus `weight` times the contrastive perception loss.
 
-    The defaults are the paper's and its synchronous code's.
+    The defaults are the paper's and its synchronous code's; what goes beyond both is marked (ours).
 
     Args:
         weight: Of the contrastive term (lambda).
+        weight_schedule: How this weight falls to zero over the training: "constant" (it does not),
+            "linear" or "cosine" (ours).
+        policy_term: Whether GRPO's own policy term is in the loss; without it the contrast trains
+            alone (ours).
         contrast_temperature: Of the contrastive term (tau).
-        divergence: Estimate of the divergence between views, "k3" or "k1".
-        fraction: Share of the tokens with rising entropy that count as perception tokens.
-        count, ties, score: See `cppo.detector.perception_mask`.
+        divergence: Between views: "k3" or "k1", estimates at the sampled token; "full", over the
+            whole vocabulary (ours).
+        stop_gradient: Which of "image", "preserved" and "removed" the contrast sends no gradient
+            to (ours); not with "full", whose divergences carry the image's gradient in them.
+        keep, fraction, threshold: Which of the candidates are perception tokens, see
+            `cppo.detector.select_tokens`; as published, the `fraction` of them that score best.
+        count, ties: See `cppo.detector.select_tokens`.
+        score: "relative" or "absolute": candidates are the tokens whose entropy rises, ranked by
+            that rise, see `cppo.detector.rise`. "divergence": candidates are the tokens whose
+            divergence of the image from the removed view is positive, ranked by it, whatever their
+            entropy does (ours).
         draw: See `View`.
         preserving, removing: Perturbations (name to parameters) of which one is drawn; what is
             given replaces the defaults as a whole.
+        removing_views: Removing views, drawn independently, whose entropies and divergences are
+            averaged (ours).
     """
 
     weight: float = 0.01
+    weight_schedule: Schedule = "constant"
+    policy_term: bool = True
     contrast_temperature: float = 0.1
     divergence: Divergence = "k3"
+    stop_gradient: Sequence[str] = field(default_factory=list)
+    keep: Keep = "fraction"
     fraction: float = 0.5
+    threshold: float = 0.0
     count: Count = "floor"
     ties: Ties = "keep"
-    score: Score = "relative"
+    score: RankBy = "relative"
     draw: Draw = "image"
     preserving: Perturbations = field(default_factory=lambda: dict(PRESERVED))
     removing: Perturbations = field(default_factory=lambda: dict(REMOVED))
+    removing_views: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        tau = self.contrast_temperature
+        tau, stopped = self.contrast_temperature, set(self.stop_gradient)
+        views = {"image", "preserved", "removed"}
+        learns = self.policy_term or self.weight > 0
         require("weight", self.weight, self.weight >= 0, "at least 0")
+        require("weight", self.weight, learns, "above 0 where policy_term is false")
         require("fraction", self.fraction, 0 < self.fraction <= 1, "above 0, at most 1")
+        require("threshold", self.threshold, self.threshold >= 0, "at least 0")
         require("contrast_temperature", tau, tau > 0, "above 0")
+        whole = isinstance(self.removing_views, int) and self.removing_views >= 1
+        require("removing_views", self.removing_views, whole, "a whole number, at least 1")
+        require("stop_gradient", self.stop_gradient, stopped < views, f"some of {sorted(views)}")
         for option, choices in CHOICES.items():
-            given, allowed = getattr(self, option), get_args(choices)
-            require(option, given, given in allowed, f"one of {allowed}")
-        for option in ("preserving", "removing"):
-            given, known = getattr(self, option), {*PRESERVING, *REMOVING}
-            if not isinstance(given, Mapping):
-                raise TypeError(f"{option} must map perturbations to their parameters")
-            require(option, set(given), given and set(given) <= known, f"some of {sorted(known)}")
-            for name, parameters in given.items():  # bad ones show now, not at the first step
-                perturb(Image.new("RGB", (8, 8)), name, seed=0, **parameters)
+            require_choice(option, getattr(self, option), choices)
+        alone = self.divergence != "full" or not stopped
+        require("stop_gradient", self.stop_gradient, alone, "empty where divergence is 'full'")
+        require_perturbations("preserving", self.preserving)
+        require_perturbations("removing", self.removing)
+
+    @property
+    def removed(self) -> tuple[str, ...]:
+        """The names of the removing views."""
+        return ("removed", *(f"removed_{n}" for n in range(2, self.removing_views + 1)))
 
     @property
     def views(self) -> tuple[View, ...]:
-        view = partial(View, draw=self.draw, positive_only=True)
-        return (
-            view(name="preserved", perturbations=self.preserving),
-            view(name="removed", perturbations=self.removing, detects=True),
+        preserved = View(
+            name="preserved",
+            perturbations=self.preserving,
+            draw=self.draw,
+            gradient="preserved" not in self.stop_gradient,
+            positive_only=True,
+            full_divergence=self.divergence == "full",
         )
+        learns = "removed" not in self.stop_gradient
+        removed = replace(preserved, perturbations=self.removing, gradient=learns, detects=True)
+        return (preserved, *(replace(removed, name=name) for name in self.removed))
 
-    def detect(self, entropy_BT: Tensor, removed_entropy_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """The perception tokens among those of the mask, (B, T) bool."""
-        return perception_mask(
-            entropy_BT,
-            removed_entropy_BT,
-            mask_BT,
-            fraction=self.fraction,
-            count=self.count,
-            ties=self.ties,
-            score=self.score,
-        )
+    def detect(self, seen: Scores, removed: Sequence[Scores], mask: Tensor) -> Tensor:
+        """The perception tokens among those of the mask, (B, T) bool.
+
+        `removed` holds the scores on each removing view, in the order of `self.removed`.
+        """
+        select: dict[str, Any] = {
+            "keep": self.keep,
+            "fraction": self.fraction,
+            "threshold": self.threshold,
+            "count": self.count,
+            "ties": self.ties,
+        }
+        if self.score == "divergence":
+            distance = _mean([self._divergence(seen, view) for view in removed])
+            return select_tokens(distance, mask & (distance > 0), **select)
+        entropy = _mean([view.entropy for view in removed])
+        return perception_mask(seen.entropy, entropy, mask, score=self.score, **select)
 
     def plan(self, tokens: Tokens) -> Plan:
         perception = self.detect(
-            tokens.seen.entropy,
-            tokens.views["removed"].entropy,
+            tokens.seen,
+            [tokens.views[name] for name in self.removed],
             tokens.mask & positive(tokens.advantages)[:, None],
         )
         plan = super().plan(tokens)
-        return replace(plan, averages={**plan.averages, "perception": Average(mask=perception)})
+        averages = {**plan.averages, "perception": Average(mask=perception)}
+        if not self.policy_term:
+            del averages["policy"]
+        return replace(plan, averages=averages)
 
     def terms(self, tokens: Tokens, plan: Plan) -> dict[str, Term]:
-        contrast = contrastive_perception_loss(
-            tokens.seen.logprobs,
-            tokens.views["preserved"].logprobs,
-            tokens.views["removed"].logprobs,
+        seen = tokens.seen
+        if "image" in self.stop_gradient:
+            seen = replace(seen, logprobs=seen.logprobs.detach())
+        contrast = contrast_divergences(
+            self._divergence(seen, tokens.views["preserved"]),
+            _mean([self._divergence(seen, tokens.views[name]) for name in self.removed]),
             plan.averages["perception"].mask,
             temperature=self.contrast_temperature,
-            divergence=self.divergence,
         )
-        perception = Term(per_token=contrast, weight=self.weight)
-        return {**super().terms(tokens, plan), "perception": perception}
+        weight = anneal(self.weight, self.weight_schedule, tokens.progress)
+        terms = super().terms(tokens, plan)
+        terms["perception"] = Term(per_token=contrast, weight=weight)
+        if not self.policy_term:
+            del terms["policy"]
+        return terms
+
+    def _divergence(self, seen: Scores, view: Scores) -> Tensor:
+        """Of the policy on the image from that on a view, (B, T)."""
+        if self.divergence == "full":
+            assert view.divergence is not None
+            return view.divergence
+        return objective.divergence(seen.logprobs, view.logprobs, self.divergence)
+
+
+def _mean(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)).mean(0)
 
 
 # The authors' asynchronous code. Its rewards enter as (r - 0.5) * 10, which normalising undoes;

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from cppo.methods.method import Average, Plan, Term, Tokens, View
+from cppo.methods.options import require, require_choice
+from cppo.methods.schedule import Schedule, anneal
 from cppo.objective import Aggregation, clipped_surrogate, divergence, group_advantages
+
+Scope = Literal["global", "micro-batch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +31,8 @@ class GRPO:
             "micro-batch": each micro-batch is averaged by itself, all weighing the same, as some
             published code does; only for reproduction.
         reference_kl: Weight of the k3 divergence from the starting policy; 0 for none.
+        reference_kl_schedule: How this weight falls to zero over the training: "constant" (it does
+            not), "linear" or "cosine".
         resample: Groups without spread are replaced by new prompts (DAPO's dynamic sampling);
             otherwise they are dropped.
     """
@@ -37,8 +43,9 @@ class GRPO:
     normalize: bool = True
     batch_normalize: bool = False
     aggregation: Aggregation = "token-mean"
-    average_over: Literal["global", "micro-batch"] = "global"
+    average_over: Scope = "global"
     reference_kl: float = 0.0
+    reference_kl_schedule: Schedule = "constant"
     resample: bool = False
 
     def __post_init__(self) -> None:
@@ -51,15 +58,22 @@ class GRPO:
             "above 1, or null",
         )
         require("reference_kl", self.reference_kl, self.reference_kl >= 0, "at least 0")
-        modes = get_args(Aggregation)
-        require("aggregation", self.aggregation, self.aggregation in modes, f"one of {modes}")
-        scopes = ("global", "micro-batch")
-        require("average_over", self.average_over, self.average_over in scopes, f"one of {scopes}")
+        require_choice("reference_kl_schedule", self.reference_kl_schedule, Schedule)
+        require_choice("aggregation", self.aggregation, Aggregation)
+        require_choice("average_over", self.average_over, Scope)
 
     @property
     def views(self) -> tuple[View, ...]:
         """The views of the images, beside the images themselves, to score responses on."""
         return ()
+
+    def rollout_view(self, progress: float) -> View | None:
+        """The view that the second half of each group is sampled on; None: on the images.
+
+        Whatever a response was sampled on, it is scored and learnt from on the images as they are.
+        `progress` is the share of the training that is done, in [0, 1].
+        """
+        return None
 
     def score_groups(self, rewards_N: Tensor, group_size: int) -> Tensor:
         """Advantages (N,) of rewards (N,), `group_size` neighbours a group."""
@@ -82,7 +96,8 @@ class GRPO:
         if self.reference_kl:
             assert tokens.reference_logprobs is not None
             drift = divergence(tokens.seen.logprobs, tokens.reference_logprobs, "k3")
-            terms["reference_kl"] = Term(per_token=drift, weight=self.reference_kl)
+            weight = anneal(self.reference_kl, self.reference_kl_schedule, tokens.progress)
+            terms["reference_kl"] = Term(per_token=drift, weight=weight)
         return terms
 
     def log_ratio(self, tokens: Tokens) -> Tensor:
@@ -106,9 +121,3 @@ class GRPO:
             return loss
         bound = -plan.advantages * self.dual_clip
         return torch.where(plan.advantages < 0, torch.minimum(loss, bound), loss)
-
-
-def require(name: str, given: object, fine: object, allowed: str) -> None:
-    """Raises ValueError where an option is out of range."""
-    if not fine:
-        raise ValueError(f"{name} is {given!r}; it must be {allowed}")

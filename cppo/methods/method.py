@@ -5,7 +5,7 @@ Shapes: B responses, T tokens (right-padded).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -23,38 +23,60 @@ class View:
     """Another view of the images that a method wants its responses scored on.
 
     `draw` says how often one of `perturbations` is drawn: "image", anew for each image each time
-    its item is read; "item", once for all images of an item and for good. `gradient`: the loss
-    differentiates through this view. `detects`: `plan` reads this view, and the image as it is, of
-    the responses that it is scored for; they are then scored before the loss. A plan reads no
-    scores of other responses: they may be zero. `positive_only`: only responses with a positive
-    advantage are scored; for the others the view's tensors hold zeros.
+    its item is read; "item", once for all images of an item and for good. `blind`: the images'
+    tokens are not attended to; pixels and positions are as they are, and `perturbations` is empty.
+    `gradient`: the loss differentiates through this view. `detects`: `plan` reads this view, and
+    the image as it is, of the responses that it is scored for; they are then scored before the
+    loss. A plan reads no scores of other responses: they may be zero. `positive_only`: only
+    responses with a positive advantage are scored, `nonzero_only`: only those with an advantage;
+    for the others the view's tensors hold zeros. `full_divergence`: the divergence of the policy on
+    the image from that on this view is computed over the whole vocabulary too.
     """
 
     name: str
-    perturbations: Perturbations
+    perturbations: Perturbations = field(default_factory=dict)
     draw: Draw = "image"
+    blind: bool = False
     gradient: bool = True
     detects: bool = False
     positive_only: bool = False
+    nonzero_only: bool = False
+    full_divergence: bool = False
 
     def needed(self, advantages_B: Tensor) -> Tensor:
         """The responses this view is scored for, (B,) bool."""
         if self.positive_only:
             return positive(advantages_B)
+        if self.nonzero_only:
+            return nonzero(advantages_B)
         return torch.ones_like(advantages_B, dtype=torch.bool)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Log-probability and entropy of each response token, both (B, T), in nats."""
+    """Log-probability and entropy of each response token, both (B, T), in nats.
+
+    `divergence`, (B, T) in nats, where the view asks for it: KL(policy on the image || policy on
+    this view) over the whole vocabulary, differentiable where the view has a gradient.
+    """
 
     logprobs: Tensor
     entropy: Tensor
+    divergence: Tensor | None = None
+
+
+def _alone(values_B: Tensor) -> Tensor:
+    return values_B
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """All a method sees of a batch. `seen` is scored on the image as it is."""
+    """All a method sees of a batch. `seen` is scored on the image as it is.
+
+    `gather` takes values (B,) of this process's responses and returns those of all processes'
+    responses in the mini-batch, (N,). It is a collective: a plan that calls it calls it exactly
+    once, in every process.
+    """
 
     mask: Tensor  # (B, T) bool, True on response tokens
     advantages: Tensor  # (B,)
@@ -62,6 +84,8 @@ class Tokens:
     seen: Scores
     views: Mapping[str, Scores] = field(default_factory=dict)
     reference_logprobs: Tensor | None = None  # (B, T)
+    gather: Callable[[Tensor], Tensor] = _alone
+    progress: float = 0.0  # share of the training that is done, in [0, 1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,3 +115,8 @@ class Term:
 def positive(advantages_B: Tensor) -> Tensor:
     """The responses better than their group's mean; rounding of a mean does not count."""
     return advantages_B > 1e-6
+
+
+def nonzero(advantages_B: Tensor) -> Tensor:
+    """The responses better or worse than their group's mean; a broken advantage (NaN) shows."""
+    return ~(advantages_B.abs() <= 1e-6)

@@ -18,12 +18,14 @@ def describe(
     """One record a response of the group, for `samples.jsonl`.
 
     Each token comes with its log-probability and entropy and, where the method detects perception
-    tokens, its entropy under the removing view and whether the detector picks it.
+    tokens, its entropy under the removing views and whether the detector picks it (but where it
+    ranks by the divergence over the whole vocabulary).
     """
     views = {"seen": group.prompt.pixels}
-    for view in method.views:
-        if view.detects:
-            views[view.name] = encode_view(policy, group.prompt, view, seed=seed, step=step)
+    if isinstance(method, CPPO):
+        for view in method.views:
+            if view.detects:
+                views[view.name] = encode_view(policy, group.prompt, view, seed=seed, step=step)
     responses = group.responses
     with policy.evaluating():
         scored = {
@@ -38,9 +40,10 @@ def describe(
         lengths = torch.tensor([len(response.ids) for response in responses])
         width = scored["seen"].entropy.shape[1]
         mask = (torch.arange(width)[None] < lengths[:, None]).to(scored["seen"].entropy.device)
-        entropy, removed = scored["seen"].entropy, scored["removed"].entropy
-        columns["removed_entropy"] = removed
-        columns["perception"] = method.detect(entropy, removed, mask)
+        removed = [scored[name] for name in method.removed]
+        columns["removed_entropy"] = torch.stack([view.entropy for view in removed]).mean(0)
+        if method.score != "divergence" or method.divergence != "full":  # not scored here
+            columns["perception"] = method.detect(scored["seen"], removed, mask)
     return [
         {
             "step": step,

@@ -1,0 +1,35 @@
+"""Checks of a method's options: what is raised names the option and says what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from PIL import Image
+
+from cppo.perturb import PRESERVING, REMOVING, perturb
+
+
+def require(name: str, given: object, fine: object, allowed: str) -> None:
+    """Raises ValueError where an option is out of range."""
+    if not fine:
+        raise ValueError(f"{name} is {given!r}; it must be {allowed}")
+
+
+def require_choice(name: str, given: object, choices: Any) -> None:
+    """Raises ValueError where an option is none of a Literal's values."""
+    allowed = get_args(choices)
+    require(name, given, given in allowed, f"one of {allowed}")
+
+
+def require_perturbations(name: str, given: object) -> None:
+    """Raises where an option is not a view's perturbations, each with parameters that it takes.
+
+    TypeError where it is no mapping or a value has the wrong type, else ValueError.
+    """
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{name} must map perturbations to their parameters")
+    known = {*PRESERVING, *REMOVING}
+    require(name, set(given), given and set(given) <= known, f"some of {sorted(known)}")
+    for perturbation, parameters in given.items():  # bad ones show now, not at the first step
+        perturb(Image.new("RGB", (8, 8)), perturbation, seed=0, **parameters)
