@@ -106,14 +106,14 @@ class Collector:
     def samples(self, group: Group, step: int) -> list[Sample]:
         """A group's responses, with the views that the loss needs, each encoded once."""
         advantages = torch.tensor(group.advantages)
-        views: list[dict[str, torch.Tensor]] = [{} for _ in group.responses]
+        views: list[dict[str, Prompt]] = [{} for _ in group.responses]
         for view in self._method.views:
             needed = view.needed(advantages).tolist()
             if any(needed):
-                pixels = encode_view(self._policy, group.prompt, view, seed=self._seed, step=step)
+                shown = encode_view(self._policy, group.prompt, view, seed=self._seed, step=step)
                 for seen, wanted in zip(views, needed, strict=True):
                     if wanted:
-                        seen[view.name] = pixels
+                        seen[view.name] = shown
         return [
             Sample(prompt=group.prompt, ids=response.ids, advantage=advantage, views=seen)
             for response, advantage, seen in zip(

@@ -232,6 +232,7 @@ class Trainer:
         size = self.config.rollout.responses
         by_group = [samples[start : start + size] for start in range(0, len(samples), size)]
         rate = learning_rate(settings, step, self.config.steps)
+        progress = (step - 1) / self.config.steps
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = rate
         updates: list[dict[str, float]] = []
@@ -242,7 +243,8 @@ class Trainer:
             for number in range(mini_batches):
                 chosen = [by_group[i] for i in shuffled[number::mini_batches]]
                 batch = [sample for group in chosen for sample in group]
-                if update := self.updater.step(batch or [_idle(groups[0])]):
+                batch = batch or [_idle(groups[0])]
+                if update := self.updater.step(batch, progress=progress):
                     updates.append(update)
                     self._mind(update)
         names = updates[0] if updates else {}

@@ -10,7 +10,7 @@ Shapes: B samples of this process, T response tokens (right-padded).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,7 +31,7 @@ class Sample:
     prompt: Prompt
     ids: Tensor  # (length,)
     advantage: float
-    views: Mapping[str, Tensor] = field(default_factory=dict)  # pixels, where a view is needed
+    views: Mapping[str, Prompt] = field(default_factory=dict)  # the prompt on those it needs
     old_logprobs: Tensor | None = None  # (length,); None: the policy is still the one that sampled
     reference_logprobs: Tensor | None = None  # (length,)
     idle: bool = False  # scored to keep processes in step, and not counted
@@ -65,9 +65,12 @@ class Updater:
         self._budget, self._count_tokens = tokens_per_micro_batch, count_tokens
         self._max_grad_norm = max_grad_norm
         self._max_new_tokens = max_new_tokens
+        self._progress = 0.0
 
-    def step(self, samples: Sequence[Sample]) -> dict[str, float]:
+    def step(self, samples: Sequence[Sample], *, progress: float = 0.0) -> dict[str, float]:
         """One optimizer step on the samples of all processes; returns metrics of the global batch.
+
+        `progress` is the share of the training that is done, in [0, 1], for what changes with it.
 
         A non-finite loss or gradient leaves the weights alone; "skipped" is then 1. Samples that
         no term of the loss depends on are not scored; averages are over them too. Where there are
@@ -76,6 +79,7 @@ class Updater:
         scored = [sample for sample in samples if self.matters(sample)]
         if not any(self._processes.gather([bool(scored)])):
             return {}
+        self._progress = progress
         unscored = [sample for sample in samples if not (sample.idle or self.matters(sample))]
         views = self._method.views
         micro_batches = self._cut(scored or [replace(samples[0], idle=True)], views)
@@ -97,8 +101,9 @@ class Updater:
                     plan = self._method.plan(_detached(tokens))
                 if denominators is None:
                     plans = [a.plan for a in ahead] or [plan]
-                    if unscored:
-                        plans.append(self._method.plan(self._unscored(unscored)))
+                    if unscored:  # not in every process: nothing of it is gathered
+                        alone = replace(self._unscored(unscored), gather=lambda values: values)
+                        plans.append(self._method.plan(alone))
                     denominators = self._denominators(plans)
                 loss = self._loss(tokens, plan, denominators, len(micro_batches), sums)
                 finite = finite and bool(loss.isfinite())
@@ -157,7 +162,7 @@ class Updater:
         rows = _rows(samples)
         for view in views:
             rows += [
-                Row(prompt=s.prompt, pixels=s.views[view.name], response=s.ids)
+                Row(prompt=s.views[view.name], response=s.ids)
                 for s in samples
                 if view.name in s.views
             ]
@@ -166,15 +171,12 @@ class Updater:
     def _plan_ahead(self, micro_batches: Sequence[Sequence[Sample]]) -> list[_Ahead]:
         """Plans for the whole mini-batch at once; views without gradient are scored here only.
 
-        A plan reads the scores of samples that a view is scored for, and of no others.
+        A plan reads the scores of samples that a detecting view is scored for, and of no others.
         """
         needed = [view for view in self._method.views if view.detects or not view.gradient]
         constant = [view.name for view in needed if not view.gradient]
         with torch.no_grad():
-            if needed:
-                scored = [self._score(batch, needed, all_seen=False) for batch in micro_batches]
-            else:
-                scored = [self._unscored(batch) for batch in micro_batches]
+            scored = [self._score(batch, needed, all_seen=False) for batch in micro_batches]
             plans = _split(self._method.plan(_joined(scored)), scored)
         return [
             _Ahead(plan=plan, constant={name: tokens.views[name] for name in constant})
@@ -185,36 +187,36 @@ class Updater:
         self, samples: Sequence[Sample], views: Sequence[View], *, all_seen: bool = True
     ) -> Tokens:
         """Scores samples on the views they have, and on their image (where not `all_seen`, only
-        those that have such a view), in one forward pass; the rest is zero."""
+        those that a detecting view is scored for), in one forward pass; the rest is zero."""
         blank = self._unscored(samples)
-        shown: dict[str, dict[int, Tensor]] = {view.name: {} for view in views}
-        for i, sample in enumerate(samples):
-            for name in shown.keys() & sample.views.keys():
-                shown[name][i] = sample.views[name]
-        as_is = {i: sample.prompt.pixels for i, sample in enumerate(samples)}
-        if not all_seen:
-            as_is = {i: as_is[i] for i in sorted({i for each in shown.values() for i in each})}
-        rows: list[Row] = []
-        spans: dict[str, tuple[int, list[int]]] = {}
-        for name, pixels in (("", as_is), *shown.items()):
-            spans[name] = (len(rows), list(pixels))
-            rows += [
-                Row(prompt=samples[i].prompt, pixels=pixels[i], response=samples[i].ids)
-                for i in pixels
-            ]
+        detecting = {view.name for view in views if view.detects}
+        seen = {
+            number: Row(prompt=sample.prompt, response=sample.ids)
+            for number, sample in enumerate(samples)
+            if all_seen or detecting & sample.views.keys()
+        }
+        rows_of = {"": seen}
+        for view in views:
+            rows_of[view.name] = {
+                number: Row(
+                    prompt=sample.views[view.name],
+                    response=sample.ids,
+                    against=seen[number] if view.full_divergence else None,
+                )
+                for number, sample in enumerate(samples)
+                if view.name in sample.views
+            }
+        rows = [row for rows in rows_of.values() for row in rows.values()]
         if not rows:
             return blank
-        scores = self._scorer(rows)
-        found = {
-            name: Scores(
-                logprobs=_spread(scores.logprobs, start, places, blank.seen.logprobs),
-                entropy=_spread(scores.entropy, start, places, blank.seen.entropy),
-            )
-            for name, (start, places) in spans.items()
-        }
-        seen = found.pop("")
-        known = self._known(samples, seen)
-        return replace(blank, seen=seen, views={**blank.views, **found}, **known)
+        scores, start, found = self._scorer(rows), 0, {}
+        for name, own in rows_of.items():
+            places = torch.tensor([*own], dtype=torch.long, device=self._device)
+            found[name] = _spread(scores, slice(start, start + len(own)), places, blank.mask)
+            start += len(own)
+        seen_scores = found.pop("")
+        known = self._known(samples, seen_scores)
+        return replace(blank, seen=seen_scores, views={**blank.views, **found}, **known)
 
     def _unscored(self, samples: Sequence[Sample]) -> Tokens:
         """Tokens of samples as far as they are known without the policy."""
@@ -228,8 +230,21 @@ class Updater:
             advantages=advantages,
             old_logprobs=zeros,
             seen=Scores(logprobs=zeros, entropy=zeros),
-            views={v.name: Scores(logprobs=zeros, entropy=zeros) for v in self._method.views},
+            views={
+                view.name: Scores(
+                    logprobs=zeros,
+                    entropy=zeros,
+                    divergence=zeros if view.full_divergence else None,
+                )
+                for view in self._method.views
+            },
+            gather=self._gather,
+            progress=self._progress,
         )
+
+    def _gather(self, values: Tensor) -> Tensor:
+        """Of all processes, (N,), in order of rank."""
+        return torch.tensor(self._processes.gather(values.tolist())).to(values)
 
     def _known(self, samples: Sequence[Sample], seen: Scores) -> dict[str, Any]:
         """The log-probabilities of other policies that samples bring along.
@@ -318,47 +333,53 @@ class Updater:
 
 
 def _rows(samples: Sequence[Sample]) -> list[Row]:
-    return [Row(prompt=s.prompt, pixels=s.prompt.pixels, response=s.ids) for s in samples]
+    return [Row(prompt=s.prompt, response=s.ids) for s in samples]
 
 
-def _spread(scored: Tensor, start: int, places: Sequence[int], like: Tensor) -> Tensor:
-    """The rows from `start` on, put to their places in the shape of `like`; zeros elsewhere."""
-    width = like.shape[1]
-    rows = scored[start : start + len(places), :width]
-    index = torch.tensor(places, dtype=torch.long, device=scored.device)
-    return scored.new_zeros(like.shape).index_copy(0, index, pad(rows, (0, width - rows.shape[1])))
-
-
-def _detached(tokens: Tokens) -> Tokens:
-    def still(scores: Scores) -> Scores:
-        return Scores(logprobs=scores.logprobs.detach(), entropy=scores.entropy.detach())
-
-    return replace(
-        tokens,
-        seen=still(tokens.seen),
-        views={name: still(scores) for name, scores in tokens.views.items()},
+def _combined(function: Callable[..., Tensor], *scores: Scores) -> Scores:
+    """The same of each statistic; of the divergence only where all have one."""
+    divergences = [each.divergence for each in scores]
+    return Scores(
+        logprobs=function(*(each.logprobs for each in scores)),
+        entropy=function(*(each.entropy for each in scores)),
+        divergence=None if any(d is None for d in divergences) else function(*divergences),
     )
 
 
+def _spread(scored: Scores, rows: slice, places: Tensor, mask: Tensor) -> Scores:
+    """These rows, put to their places in the shape of `mask` (B, T); zeros elsewhere."""
+    width = mask.shape[1]
+
+    def put(values: Tensor) -> Tensor:
+        own = values[rows, :width]
+        blank = values.new_zeros(mask.shape)
+        return blank.index_copy(0, places, pad(own, (0, width - own.shape[1])))
+
+    return _combined(put, scored)
+
+
+def _detached(tokens: Tokens) -> Tokens:
+    still = {name: _combined(Tensor.detach, scores) for name, scores in tokens.views.items()}
+    return replace(tokens, seen=_combined(Tensor.detach, tokens.seen), views=still)
+
+
 def _joined(parts: Sequence[Tokens]) -> Tokens:
-    """One record of several, padded to the longest."""
+    """One record of several, padded to the longest; without what plans do not read."""
     width = max(part.mask.shape[1] for part in parts)
 
-    def join(tensors: Iterator[Tensor]) -> Tensor:
+    def join(*tensors: Tensor) -> Tensor:
         return torch.cat([pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
 
-    def scores(each: Iterator[Scores]) -> Scores:
-        all_ = list(each)
-        return Scores(
-            logprobs=join(s.logprobs for s in all_), entropy=join(s.entropy for s in all_)
-        )
-
-    return Tokens(
-        mask=join(part.mask for part in parts),
+    return replace(
+        parts[0],
+        mask=join(*(part.mask for part in parts)),
         advantages=torch.cat([part.advantages for part in parts]),
-        old_logprobs=join(part.old_logprobs for part in parts),
-        seen=scores(part.seen for part in parts),
-        views={name: scores(part.views[name] for part in parts) for name in parts[0].views},
+        old_logprobs=join(*(part.old_logprobs for part in parts)),
+        seen=_combined(join, *(part.seen for part in parts)),
+        views={
+            name: _combined(join, *(part.views[name] for part in parts)) for name in parts[0].views
+        },
+        reference_logprobs=None,
     )
 
 

@@ -42,10 +42,10 @@ def measure_detector(
     for puzzle in puzzles:
         ids, perception = label_tokens(policy.tokenizer, puzzle)
         prompt = encode_item(policy, puzzle.item, instruction="", max_tokens=10**6)
-        pixels = encode_view(policy, prompt, removed, seed=seed, step=0)
+        without = encode_view(policy, prompt, removed, seed=seed, step=0)
         response = torch.tensor(ids)
-        seen.append(Row(prompt=prompt, pixels=prompt.pixels, response=response))
-        blind.append(Row(prompt=prompt, pixels=pixels, response=response))
+        seen.append(Row(prompt=prompt, response=response))
+        blind.append(Row(prompt=without, response=response))
         labels.append(torch.tensor(perception))
     with policy.evaluating():
         entropy, removed_entropy = scorer(seen).entropy.cpu(), scorer(blind).entropy.cpu()

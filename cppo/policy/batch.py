@@ -14,11 +14,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Row:
-    """A response to score: after which prompt, and seeing which pixels."""
+    """A response to score, and after which prompt.
+
+    `against`: another row of the same call and of the same response, after the prompt as it is;
+    KL(there || here) is then computed for each token, over the whole vocabulary.
+    """
 
     prompt: Prompt
-    pixels: Tensor
     response: Tensor  # (length,) ids
+    against: Row | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,6 +32,6 @@ class Batch:
     ids: Tensor  # (S, L)
     positions: Tensor  # (axes, S, L)
     image_mask: Tensor  # (S, L), only within prompts: a sampled placeholder is no image
-    shown: Sequence[Row]  # whose images those are, in order
+    shown: Sequence[Prompt]  # whose images those are, in order
     options: Mapping[str, Any]  # of the model's forward: what attends to what
     before: Tensor  # (response tokens, row by row) of S * L: what predicts each, the one before it

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from cppo.policy import groups
 from cppo.policy.batch import Row
@@ -41,6 +42,8 @@ class Policy:
     precision: torch.dtype  # that it computes in; weights may be wider
     attention: str  # as transformers names it
     source: str
+    # What a vision tower that is not trained has made of pixels, while they are held.
+    features: MutableMapping[Tensor, Tensor] = field(default_factory=WeakTensorKeyDictionary)
 
     def __post_init__(self) -> None:
         if self.packs:  # for good: checkpointing recomputes a forward within the backward
@@ -63,6 +66,12 @@ class Policy:
     def count_tokens(self, rows: Sequence[Row]) -> int:
         """How many tokens pass the language model where rows are scored in one call."""
         return packed_tokens(rows) if self.packs else padded_tokens(rows)
+
+    @property
+    def learns_to_see(self) -> bool:
+        """Whether anything is trained that turns pictures into features."""
+        parts = [getattr(self.base.model, part) for part in self.family.vision]
+        return any(p.requires_grad for part in parts for p in part.parameters())
 
     @property
     def instruction(self) -> str:
@@ -215,7 +224,7 @@ def frozen_copy(policy: Policy) -> Policy:
     import copy
 
     model = copy.deepcopy(policy.model).eval().requires_grad_(False)
-    return Policy(**{**vars(policy), "model": model})
+    return Policy(**{**vars(policy), "model": model, "features": WeakTensorKeyDictionary()})
 
 
 def _adapt(model: Any, lora: Mapping[str, Any], frozen: Sequence[str]) -> Any:

@@ -1,4 +1,4 @@
-"""Rows in one packed sequence: responses to the same prompt with the same pixels share its pass.
+"""Rows in one packed sequence: responses to the same prompt, on the same view, share its pass.
 
 What attends to what in that sequence is the group layout (see `groups`); not every language model
 can be made to attend so.
@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from cppo.policy.batch import Batch, Row
 from cppo.policy.families import Family
 from cppo.policy.groups import Layout
+
+if TYPE_CHECKING:
+    from cppo.policy.prompts import Prompt
 
 # Language models, as transformers calls them, whose attention does nothing that groups leave out.
 PROVEN = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen2", "qwen3", "llama")
@@ -40,7 +44,8 @@ def pack(rows: Sequence[Row], device: torch.device) -> Batch:
     """Prompts, then responses; each response's positions go on from its prompt's."""
     groups = _grouped(rows)
     prompts = [group[0].prompt for group in groups]
-    lengths = [len(prompt.ids) for prompt in prompts]
+    present = [_present(prompt) for prompt in prompts]
+    lengths = [int(kept.sum()) for kept in present]
     responses = torch.cat([row.response for group in groups for row in group])
     axes, start = prompts[0].positions.shape[0], sum(lengths)
     positions, before = [], {}
@@ -50,31 +55,39 @@ def pack(rows: Sequence[Row], device: torch.device) -> Batch:
             positions.append((row.prompt.next_position + own).expand(axes, -1))
             before[id(row)] = torch.where(own == 0, end - 1, start + own - 1)
             start += len(own)
+
+    def joined(of_prompts: Sequence[Tensor], of_responses: Sequence[Tensor]) -> Tensor:
+        shortened = [x[..., kept] for x, kept in zip(of_prompts, present, strict=True)]
+        return torch.cat([*shortened, *of_responses], dim=-1).to(device)
+
+    nowhere = torch.zeros(len(responses), dtype=torch.bool)
     layout = Layout.of(lengths, [[len(row.response) for row in group] for group in groups], device)
     return Batch(
-        ids=torch.cat([*(prompt.ids for prompt in prompts), responses])[None].to(device),
-        positions=torch.cat([*(p.positions for p in prompts), *positions], dim=1)[:, None].to(
-            device
-        ),
-        image_mask=torch.cat(
-            [*(p.image_mask for p in prompts), torch.zeros(len(responses), dtype=torch.bool)]
-        )[None].to(device),
-        shown=[group[0] for group in groups],
+        ids=joined([prompt.ids for prompt in prompts], [responses])[None],
+        positions=joined([prompt.positions for prompt in prompts], positions)[:, None],
+        image_mask=joined([prompt.image_mask for prompt in prompts], [nowhere])[None],
+        shown=[prompt for prompt in prompts if not prompt.blind],
         options={"layout": layout},
         before=torch.cat([before[id(row)] for row in rows]).to(device),
     )
 
 
 def packed_tokens(rows: Sequence[Row]) -> int:
-    """What rows cost: every prompt once with the same pixels, and responses as long as the
-    longest, as attention pads them."""
-    prompts = {(id(row.prompt), id(row.pixels)): len(row.prompt.ids) for row in rows}
+    """What rows cost: every prompt once, and responses as long as the longest, as attention pads
+    them."""
+    prompts = {id(row.prompt): int(_present(row.prompt).sum()) for row in rows}
     return sum(prompts.values()) + len(rows) * max(len(row.response) for row in rows)
 
 
+def _present(prompt: Prompt) -> Tensor:
+    """The tokens of a prompt that its sequence holds, (L,): what nothing attends to is left out,
+    positions being given with each token."""
+    return ~prompt.image_mask if prompt.blind else torch.ones_like(prompt.image_mask)
+
+
 def _grouped(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows that share prompt and pixels; prompts of one length follow each other."""
-    groups: dict[tuple[int, int], list[Row]] = {}
+    """Rows that share a prompt; prompts of one length follow each other."""
+    groups: dict[int, list[Row]] = {}
     for row in rows:
-        groups.setdefault((id(row.prompt), id(row.pixels)), []).append(row)
-    return sorted(groups.values(), key=lambda group: len(group[0].prompt.ids))
+        groups.setdefault(id(row.prompt), []).append(row)
+    return sorted(groups.values(), key=lambda group: int(_present(group[0].prompt).sum()))

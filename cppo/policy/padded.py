@@ -28,13 +28,17 @@ def pad_rows(rows: Sequence[Row], device: torch.device) -> Batch:
         later = (row.prompt.next_position + own).expand(row.prompt.positions.shape[0], -1)
         positions.append(torch.cat([row.prompt.positions, later], dim=1))
         before.append(number * width + len(row.prompt.ids) - 1 + own)
-    present = [torch.ones(_length(row), dtype=torch.long) for row in rows]
+    hidden = [row.prompt.image_mask & row.prompt.blind for row in rows]
+    ids = [row.prompt.ids.masked_fill(mask, 0) for row, mask in zip(rows, hidden, strict=True)]
+    attended = [
+        torch.cat([~m, m.new_ones(len(r.response))]) for r, m in zip(rows, hidden, strict=True)
+    ]
     return Batch(
-        ids=lined_up([torch.cat([row.prompt.ids, row.response]) for row in rows]),
+        ids=lined_up([torch.cat([own, row.response]) for own, row in zip(ids, rows, strict=True)]),
         positions=lined_up(positions),
-        image_mask=lined_up([row.prompt.image_mask for row in rows]),
-        shown=rows,
-        options={"attention_mask": lined_up(present)},
+        image_mask=lined_up([row.prompt.image_mask & ~row.prompt.blind for row in rows]),
+        shown=[row.prompt for row in rows if not row.prompt.blind],
+        options={"attention_mask": lined_up(attended).long()},
         before=torch.cat(before).to(device),
     )
 

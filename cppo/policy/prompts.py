@@ -1,8 +1,8 @@
-"""Items into prompts: chat template, image tokens, positions; and the pixels of each view."""
+"""Items into prompts: chat template, image tokens, positions; and prompts under other views."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -16,15 +16,16 @@ from cppo.policy.loading import Policy
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prompt:
-    """An item as the model reads it. L ids, N images."""
+    """An item as the model reads it, on one view of its images. L ids, N images."""
 
     item: Item
     ids: Tensor  # (L,), image tokens included
     image_mask: Tensor  # (L,) bool, the image tokens among them
     positions: Tensor  # (axes, L)
     next_position: int  # of the response's first token, on every axis
-    pixels: Tensor  # what the vision tower sees of the images as they are
+    pixels: Tensor  # what the vision tower sees of the images
     grids: Tensor  # (N, k), what the family counts an image's tokens by
+    blind: bool = False  # nothing attends to the image tokens
 
 
 def encode_item(policy: Policy, item: Item, *, instruction: str, max_tokens: int) -> Prompt:
@@ -76,8 +77,10 @@ def encode_item(policy: Policy, item: Item, *, instruction: str, max_tokens: int
     )
 
 
-def encode_view(policy: Policy, prompt: Prompt, view: View, *, seed: int, step: int) -> Tensor:
-    """The pixels of the prompt's images under a view, laid out as `prompt.pixels`."""
+def encode_view(policy: Policy, prompt: Prompt, view: View, *, seed: int, step: int) -> Prompt:
+    """The prompt with its images under a view; all else is as it was."""
+    if view.blind:
+        return replace(prompt, blind=True)
     pixels, grids = policy.family.pixels(
         [
             _perturbed(image, number, prompt.item.row, view, seed, step)
@@ -85,7 +88,7 @@ def encode_view(policy: Policy, prompt: Prompt, view: View, *, seed: int, step: 
         ]
     )
     assert torch.equal(grids, prompt.grids), "a view must keep its images' sizes"
-    return pixels
+    return replace(prompt, pixels=pixels)
 
 
 def _lacks_start(policy: Policy, text: str) -> bool:

@@ -8,10 +8,11 @@ Shapes: R rows, T response tokens (right-padded), F image tokens of all rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from cppo.device import Backend
 from cppo.methods import Scores
@@ -19,6 +20,8 @@ from cppo.policy.batch import Row
 from cppo.policy.loading import Policy
 from cppo.policy.packed import pack
 from cppo.policy.padded import pad_rows
+from cppo.policy.prompts import Prompt
+from cppo.statistics import token_divergence
 
 
 class Scorer(nn.Module):
@@ -33,7 +36,10 @@ class Scorer(nn.Module):
         self._arrange = pack if policy.packs else pad_rows
 
     def forward(self, rows: Sequence[Row]) -> Scores:
-        """Scores each row's response tokens; (R, T), zero on padding. T is the longest response."""
+        """Scores each row's response tokens; (R, T), zero on padding. T is the longest response.
+
+        Where rows are to be held against others, so are their divergences, zero for the rest.
+        """
         policy, device = self._policy, self._policy.device
         batch = self._arrange(rows, device)
         with policy.autocast():
@@ -46,31 +52,59 @@ class Scorer(nn.Module):
                 use_cache=False,
                 **batch.options,
             ).last_hidden_state.flatten(0, 1)
+        states = hidden[batch.before]
         logprobs, entropy = self._backend.token_statistics(
-            hidden[batch.before],
+            states,
             policy.head,
             torch.cat([row.response for row in rows]).to(device),
             temperature=self._temperature,
         )
-        lengths = torch.tensor([len(row.response) for row in rows])
-        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
+        lengths = [len(row.response) for row in rows]
+        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(device)
         empty = logprobs.new_zeros(mask.shape)
+        divergence = None
+        if any(row.against for row in rows):
+            divergence = self._divergence(rows, states.split(lengths), empty)
         return Scores(
             logprobs=empty.masked_scatter(mask, logprobs),
             entropy=empty.masked_scatter(mask, entropy),
+            divergence=divergence,
         )
 
+    def _divergence(self, rows: Sequence[Row], states: Sequence[Tensor], empty: Tensor) -> Tensor:
+        """Of the rows that are to be held against others, (R, T); zero elsewhere."""
+        place = {id(row): number for number, row in enumerate(rows)}
+        pairs = [(place[id(row.against)], n) for n, row in enumerate(rows) if row.against]
+        divergence = token_divergence(
+            torch.cat([states[there] for there, _ in pairs]),
+            torch.cat([states[here] for _, here in pairs]),
+            self._policy.head,
+            temperature=self._temperature,
+        )
+        lengths = torch.tensor([len(row.response) if row.against else 0 for row in rows])
+        mask = (torch.arange(empty.shape[1]) < lengths[:, None]).to(empty.device)
+        return empty.masked_scatter(mask, divergence)
 
-def encode_images(policy: Policy, rows: Sequence[Row]) -> Tensor:
-    """Features (levels, F, D) of all rows' images in order, each distinct picture encoded once."""
-    distinct = {id(row.pixels): row for row in rows}
-    encoded = policy.family.encode(
-        policy.base,
-        torch.cat([row.pixels for row in distinct.values()]).to(policy.device),
-        torch.cat([row.prompt.grids for row in distinct.values()]).to(policy.device),
-    )
-    of_row, start = {}, 0
-    for key, row in distinct.items():
-        of_row[key] = encoded[start : start + len(row.prompt.grids)]
-        start += len(row.prompt.grids)
-    return torch.cat([image for row in rows for image in of_row[id(row.pixels)]], dim=1)
+
+def encode_images(policy: Policy, prompts: Sequence[Prompt]) -> Tensor | None:
+    """Features (levels, F, D) of all prompts' images in order; None where there are no prompts.
+
+    Each distinct picture is encoded once; and where nothing in the vision tower is trained, never
+    again as long as its pixels are held.
+    """
+    known: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
+    if not policy.learns_to_see:
+        known = policy.features
+    fresh = {id(p.pixels): p for p in prompts if p.pixels not in known}
+    if fresh:
+        encoded = policy.family.encode(
+            policy.base,
+            torch.cat([prompt.pixels for prompt in fresh.values()]).to(policy.device),
+            torch.cat([prompt.grids for prompt in fresh.values()]).to(policy.device),
+        )
+        start = 0
+        for prompt in fresh.values():
+            images = encoded[start : start + len(prompt.grids)]
+            known[prompt.pixels] = torch.cat(list(images), dim=1)
+            start += len(prompt.grids)
+    return torch.cat([known[p.pixels] for p in prompts], dim=1) if prompts else None

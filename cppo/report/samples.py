@@ -21,7 +21,7 @@ def describe(
     tokens, its entropy under the removing views and whether the detector picks it (but where it
     ranks by the divergence over the whole vocabulary).
     """
-    views = {"seen": group.prompt.pixels}
+    views = {"seen": group.prompt}
     if isinstance(method, CPPO):
         for view in method.views:
             if view.detects:
@@ -29,8 +29,8 @@ def describe(
     responses = group.responses
     with policy.evaluating():
         scored = {
-            name: scorer([Row(prompt=group.prompt, pixels=p, response=r.ids) for r in responses])
-            for name, p in views.items()
+            name: scorer([Row(prompt=prompt, response=r.ids) for r in responses])
+            for name, prompt in views.items()
         }
     columns = {
         "logprob": scored["seen"].logprobs,

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from cppo.policy.batch import Row
 from cppo.policy.loading import Policy
 from cppo.policy.prompts import Prompt
 from cppo.policy.scoring import encode_images
@@ -55,7 +54,7 @@ class InGroups:
             torch.cat([prompt.ids for prompt in prompts])[None].to(device),
             torch.cat([prompt.positions for prompt in prompts], dim=1)[:, None].to(device),
             torch.cat([prompt.image_mask for prompt in prompts])[None].to(device),
-            _features(self._policy, prompts),
+            encode_images(self._policy, prompts),
         )
         return hidden[0, ends.to(device)].repeat_interleave(self._responses, dim=0)
 
@@ -101,7 +100,7 @@ class InRows:
             lined_up([prompt.ids for prompt in prompts]),
             lined_up([prompt.positions for prompt in prompts]),
             lined_up([prompt.image_mask for prompt in prompts]),
-            _features(self._policy, prompts),
+            encode_images(self._policy, prompts),
         )
         self._cache.batch_repeat_interleave(self._responses)
         if self._mask is not None:
@@ -140,9 +139,3 @@ def _first_positions(prompts: Sequence[Prompt], responses: int, device: torch.de
     first = torch.tensor([prompt.next_position for prompt in prompts], device=device)
     axes = prompts[0].positions.shape[0]
     return first.repeat_interleave(responses)[None, :, None].expand(axes, -1, -1)
-
-
-def _features(policy: Policy, prompts: Sequence[Prompt]) -> Tensor:
-    return encode_images(
-        policy, [Row(prompt=p, pixels=p.pixels, response=p.ids[:0]) for p in prompts]
-    )
