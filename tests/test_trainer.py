@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import BACKEND
-from families import save_family
 
 from cppo.config import (
     EvaluationConfig,
@@ -181,32 +180,6 @@ def test_real_pictures_train(
     assert summary["steps"] == 2
     assert summary["skipped_rows"].startswith("0 of")
     assert 0 <= summary["after"]["value"] <= 1
-
-
-@pytest.mark.parametrize(("family", "packs"), [("internvl", True), ("gemma3", False)])
-def test_other_families_train_on_real_pictures_packed_or_padded(
-    family: str, packs: bool, tokenizer: Any, tmp_path: Path, shared_data: Callable[[str], Path]
-) -> None:
-    folder = save_family(family, tmp_path / "model", tokenizer)
-    settings = config(
-        folder,
-        method="cppo",
-        data=str(shared_data("geometry3k-mini")),
-        optimizer=OptimizerConfig(learning_rate=1e-3, tokens_per_micro_batch=1500),
-    )
-    trainer = Trainer(settings, tmp_path / "run")
-    try:
-        assert trainer.policy.packs is packs
-        summary = trainer.train()
-    finally:
-        trainer.close()
-    assert summary["steps"] == 2
-    assert summary["skipped_rows"].startswith("0 of")
-    before, after = weights_of(folder), weights(tmp_path / "run")
-    assert before.keys() == after.keys()
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert any("vision_tower" in name for name in changed)
-    assert any("language_model" in name for name in changed)
 
 
 def test_steps_that_are_not_finite_end_the_run_with_a_diagnosis(
