@@ -23,7 +23,7 @@ from cppo.data import Item
 from cppo.policy import Policy, Prompt, encode_item
 
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-FAMILIES = (*QWEN, "internvl", "llava_onevision", "gemma3")
+FAMILIES = (*QWEN, "internvl", "llava_onevision", "idefics3", "gemma3")
 PACKED = tuple(name for name in FAMILIES if name != "gemma3")
 PATCH_SIZES = {"qwen2_vl": 14, "qwen2_5_vl": 14, "qwen3_vl": 16}
 LIMITS = {"min_pixels": 32 * 32, "max_pixels": 192 * 192}
@@ -31,8 +31,16 @@ LIMITS = {"min_pixels": 32 * 32, "max_pixels": 192 * 192}
 PLACEHOLDERS = {
     "internvl": "<IMG_CONTEXT>\n",
     "llava_onevision": "<image>\n",
+    "idefics3": "<image>",
+    "smolvlm": "<image>",
     "gemma3": "<start_of_image>",
 }
+TILES = {
+    "image_token": "<image>",
+    "fake_image_token": "<fake_token_around_image>",
+    "global_image_token": "<global-img>",
+    "end_of_utterance_token": "<end_of_utterance>",
+} | {f"tile_{r}_{c}": f"<row_{r}_col_{c}>" for r in range(1, 4) for c in range(1, 4)}
 MARKS = {
     "internvl": {
         "start_image_token": "<img>",
@@ -40,6 +48,8 @@ MARKS = {
         "context_image_token": "<IMG_CONTEXT>",
         "video_token": "<video>",
     },
+    "idefics3": TILES,
+    "smolvlm": TILES,
     "llava_onevision": {"image_token": "<image>", "video_token": "<video>"},
     "gemma3": {
         "boi_token": "<start_of_image>",
@@ -56,6 +66,8 @@ PROCESSORS: dict[str, dict[str, Any]] = {
         "vision_feature_select_strategy": "full",
         "vision_aspect_ratio": "anyres_max_4",
     },
+    "idefics3": {"image_seq_len": 4},
+    "smolvlm": {"image_seq_len": 4},
     "gemma3": {"image_seq_length": 4},
 }
 
@@ -105,6 +117,12 @@ def _image_processor(name: str) -> Any:
         return transformers.LlavaOnevisionImageProcessorPil(
             size={"height": 32, "width": 32}, image_grid_pinpoints=PINPOINTS
         )
+    if name in ("idefics3", "smolvlm"):
+        made = {
+            "idefics3": transformers.Idefics3ImageProcessorPil,
+            "smolvlm": transformers.SmolVLMImageProcessorPil,
+        }[name]
+        return made(size={"longest_edge": 96}, max_image_size={"longest_edge": 32})
     if name == "gemma3":
         return transformers.Gemma3ImageProcessorPil(size={"height": 32, "width": 32})
     # As saved with real models, tiles are off: the processor turns them on.
@@ -128,6 +146,24 @@ def _build(name: str, tokenizer: Any) -> Any:
                 video_token_index=tokenizer.video_token_id,
                 image_grid_pinpoints=PINPOINTS,
                 vision_aspect_ratio="anyres_max_4",
+            )
+        )
+    if name in ("idefics3", "smolvlm"):
+        config_class, model_class = {
+            "idefics3": (
+                transformers.Idefics3Config,
+                transformers.Idefics3ForConditionalGeneration,
+            ),
+            "smolvlm": (transformers.SmolVLMConfig, transformers.SmolVLMForConditionalGeneration),
+        }[name]
+        vision = _siglip(image_size=32, patch_size=8)
+        del vision["model_type"], vision["vision_use_head"]
+        return model_class(
+            config_class(
+                text_config={"model_type": "llama", **_text(tokenizer)},
+                vision_config=vision,
+                image_token_id=tokenizer.image_token_id,
+                scale_factor=2,
             )
         )
     if name == "gemma3":
@@ -370,6 +406,7 @@ def counted(module: nn.Module) -> Iterator[list[int]]:
 def true_processor(name: str, folder: Path) -> Any:
     """Of the parts that lie in `folder`, without a video processor, which needs torchvision."""
     import transformers
+    from transformers.models.smolvlm import processing_smolvlm as smolvlm
 
     made = {
         "qwen2_vl": transformers.Qwen2VLProcessor,
@@ -377,8 +414,13 @@ def true_processor(name: str, folder: Path) -> Any:
         "qwen3_vl": transformers.Qwen3VLProcessor,
         "internvl": transformers.InternVLProcessor,
         "llava_onevision": transformers.LlavaOnevisionProcessor,
+        "idefics3": transformers.Idefics3Processor,
+        "smolvlm": transformers.SmolVLMProcessor,
         "gemma3": transformers.Gemma3Processor,
     }[name]
+
+    if name == "smolvlm" and smolvlm.num2words is None:
+        smolvlm.num2words = str  # which a video's frames are counted with
 
     class ImagesOnly(made):  # type: ignore[misc, valid-type]
         def check_argument_for_proper_class(self, name: str, argument: Any) -> type:

@@ -31,6 +31,7 @@ from families import (
 from torch import Tensor, nn
 
 from cppo.data import BadRow, Item
+from cppo.data import load as load_data
 from cppo.device import Backend, choose
 from cppo.methods import Scores, View
 from cppo.policy import Policy, Row, Scorer, encode_view, load, save
@@ -177,6 +178,7 @@ def largest_difference(
 # --- scoring -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("folder", [*FAMILIES, "smolvlm"], indirect=True)
 def test_scores_and_gradients_are_those_of_the_plain_model_row_by_row(
     folder: Path, policy: Policy, backend: Backend
 ) -> None:
@@ -193,6 +195,7 @@ def test_scores_and_gradients_are_those_of_the_plain_model_row_by_row(
         assert not found.entropy[index, len(row.response) :].any()
 
 
+@pytest.mark.parametrize("folder", [*FAMILIES, "smolvlm"], indirect=True)
 def test_prompts_hold_the_ids_and_pixels_that_transformers_own_processor_makes(
     folder: Path, policy: Policy
 ) -> None:
@@ -336,6 +339,25 @@ def test_autocast_scores_are_float32_and_near_the_exact_ones(
     assert 1e-5 < largest_difference(scores, exact) < 0.3
     error = torch.cat([a[0] - b[0] for a, b in zip(scores, exact, strict=True)])
     assert error.abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("folder", [*FAMILIES, "smolvlm"], indirect=True)
+@pytest.mark.parametrize("name", ["geometry3k-mini", "dynamath-mini"])
+def test_real_items_have_the_ids_pixels_and_scores_of_plain_transformers(
+    folder: Path, policy: Policy, backend: Backend, shared_data: Any, name: str
+) -> None:
+    data = load_data(str(shared_data(name)), split="train")
+    rows = []
+    for index in (0, 1, 5):
+        prompt = make_prompt(policy, data.read(index), max_tokens=2000)
+        truth = true_inputs(folder, prompt.item)
+        assert torch.equal(prompt.ids, truth["input_ids"][0])
+        assert torch.equal(prompt.pixels.view_as(truth["pixel_values"]), truth["pixel_values"])
+        response = random_response(policy, 5, seed=index)
+        rows.append(Row(prompt=prompt, pixels=prompt.pixels, response=response))
+    with policy.evaluating():
+        found = score(policy, backend, rows)
+        assert_same_scores(found, true_scores(load_truth(folder), folder, rows))
 
 
 # --- the policy that is measured against -------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cppo.policy.families.family import Family
 from cppo.policy.families.gemma3 import Gemma3
+from cppo.policy.families.idefics3 import Idefics3
 from cppo.policy.families.internvl import InternVL
 from cppo.policy.families.llava_onevision import LlavaOnevision
 from cppo.policy.families.qwen_vl import QwenVL
@@ -14,6 +15,8 @@ FAMILIES: dict[str, type[Family]] = {
     "qwen3_vl": QwenVL,
     "internvl": InternVL,
     "llava_onevision": LlavaOnevision,
+    "idefics3": Idefics3,
+    "smolvlm": Idefics3,
     "gemma3": Gemma3,
 }
 
