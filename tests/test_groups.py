@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,6 @@ def make_rows(policy: Policy, responses: int) -> list[Row]:
     return [
         Row(
             prompt=prompt,
-            pixels=prompt.pixels,
             response=random_response(policy, 1 + (5 * number) % 9, seed=number),
         )
         for prompt in [make_prompt(policy, item) for item in ITEMS]
@@ -142,8 +142,8 @@ def test_a_prompt_passes_the_language_model_once_a_view(folder: Path, attention:
     policy = load(str(folder), dtype=torch.float32, attention=attention)
     rows = make_rows(policy, 4)
     prompts = {id(row.prompt): len(row.prompt.ids) for row in rows}
-    other = rows[0].pixels.clone()
-    rows += [Row(prompt=r.prompt, pixels=other, response=r.response) for r in rows[:2]]
+    other = replace(rows[0].prompt, pixels=rows[0].prompt.pixels.clone())
+    rows += [Row(prompt=other, response=r.response) for r in rows[:2]]
     lengths = []
     hook = policy.language.layers[0].register_forward_pre_hook(
         lambda _, given: lengths.append(given[0].shape[:2])

@@ -42,7 +42,6 @@ def make_rows(policy: Policy, *, responses: int = 3) -> list[Row]:
     return [
         Row(
             prompt=prompt,
-            pixels=prompt.pixels,
             response=random_response(policy, 1 + (5 * number) % 9, seed=number),
         )
         for prompt in [make_prompt(policy, item) for item in ITEMS]
@@ -112,7 +111,7 @@ def test_what_sliding_windows_sample_is_what_they_score(sliding: Path) -> None:
     sampling = Sampling(responses=2, max_new_tokens=20)
     groups = list(generate(policy, prompts, sampling, torch.Generator().manual_seed(0)))
     rows = [
-        Row(prompt=prompt, pixels=prompt.pixels, response=response.ids)
+        Row(prompt=prompt, response=response.ids)
         for prompt, group in zip(prompts, groups, strict=True)
         for response in group
     ]

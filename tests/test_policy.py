@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from cppo.device import Backend, choose
 from cppo.methods import Scores, View
 from cppo.policy import Policy, Row, Scorer, encode_view, load, save
 from cppo.policy.loading import frozen_copy
+from cppo.rollout import Sampling, generate
 
 TEMPERATURE = 0.7
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear"}
@@ -67,10 +69,10 @@ def make_rows(policy: Policy) -> list[Row]:
         prompt = make_prompt(policy, item)
         for length in lengths:
             response = random_response(policy, length, seed=len(rows))
-            rows.append(Row(prompt=prompt, pixels=prompt.pixels, response=response))
+            rows.append(Row(prompt=prompt, response=response))
     view = View(name="dark", perturbations={"rotation": {}, "gaussian_noise": {}})
     other = encode_view(policy, rows[3].prompt, view, seed=1, step=0)
-    rows[3] = Row(prompt=rows[3].prompt, pixels=other, response=rows[3].response)
+    rows[3] = Row(prompt=other, response=rows[3].response)
     rows[2], rows[6] = rows[6], rows[2]  # groups need not be contiguous
     return rows
 
@@ -108,8 +110,7 @@ def true_scores(
     scores = []
     for row in rows:
         inputs = true_inputs(folder, row.prompt.item)
-        if row.pixels is not row.prompt.pixels:
-            inputs["pixel_values"] = row.pixels.view_as(inputs["pixel_values"])
+        inputs["pixel_values"] = row.prompt.pixels.view_as(inputs["pixel_values"])
         logits = true_logits(model, inputs, row.response)
         scores.append(true_statistics(logits, row.response, temperature))
     return scores
@@ -219,9 +220,90 @@ def test_one_dimensional_positions_would_be_noticed(
         assert largest_difference(score(policy, backend, [row]), [flat]) > 0.01
 
 
+def test_blind_rows_are_scored_as_if_image_tokens_were_masked(
+    folder: Path, policy: Policy, backend: Backend
+) -> None:
+    """The published definition: attention to image tokens masked, positions unchanged; here beside
+    rows that see, in unmodified transformers one row at a time."""
+    rows = make_rows(policy)
+    blind = [Row(prompt=replace(rows[0].prompt, blind=True), response=rows[0].response)]
+    shared = replace(rows[1].prompt, blind=True)
+    blind += [Row(prompt=shared, response=rows[n].response) for n in (1, 4)]
+    with counted(vision_tower(policy)) as patches:
+        found = score(policy, backend, [*blind, *rows])
+    assert patches == [sum({id(r.prompt): len(r.prompt.pixels) for r in rows}.values())]
+    model, truth = load_truth(folder), []
+    for row in blind:
+        inputs = true_inputs(folder, row.prompt.item)
+        inputs["attention_mask"] = (~row.prompt.image_mask[None]).long()
+        inputs["position_ids"] = ordinary_positions(model, inputs, row)
+        logits = true_logits(model, inputs, row.response)
+        truth.append(true_statistics(logits, row.response, TEMPERATURE))
+    assert_same_scores(found, [*truth, *true_scores(model, folder, rows)])
+    seeing = score(policy, backend, [Row(prompt=rows[0].prompt, response=rows[0].response)])
+    assert largest_difference(seeing, truth[:1]) > 0.01
+
+
+def ordinary_positions(model: Any, inputs: dict[str, Tensor], row: Row) -> Tensor:
+    """Of a prompt and its response, as the model has them where nothing is masked."""
+    whole = continued(inputs, row.response)
+    if not hasattr(model.model, "get_rope_index"):
+        return torch.arange(whole["input_ids"].shape[1])[None]
+    kinds, grids = whole["mm_token_type_ids"], whole["image_grid_thw"]
+    positions: Tensor = model.model.get_rope_index(whole["input_ids"], kinds, image_grid_thw=grids)[
+        0
+    ]
+    return positions
+
+
+def test_divergence_between_views_is_that_of_their_whole_distributions(
+    folder: Path, policy: Policy, backend: Backend
+) -> None:
+    rows = make_rows(policy)[:2]
+    view = View(name="other", perturbations={"blackout": {}})
+    prompt = encode_view(policy, rows[0].prompt, view, seed=1, step=0)
+    other = Row(prompt=prompt, response=rows[0].response, against=rows[0])
+    scores = Scorer(policy, backend, temperature=TEMPERATURE)([*rows, other])
+    assert scores.divergence is not None
+    assert not scores.divergence[:2].any()
+    model = load_truth(folder)
+    logprobs = []
+    for row in (rows[0], other):
+        inputs = true_inputs(folder, row.prompt.item)
+        inputs["pixel_values"] = row.prompt.pixels.view_as(inputs["pixel_values"])
+        logits = true_logits(model, inputs, row.response).double() / TEMPERATURE
+        logprobs.append(logits.log_softmax(-1))
+    truth = (logprobs[0].exp() * (logprobs[0] - logprobs[1])).sum(-1)
+    assert truth.max() > 1e-3
+    length = len(other.response)
+    torch.testing.assert_close(scores.divergence[2, :length].double(), truth, atol=1e-5, rtol=1e-4)
+    assert not scores.divergence[2, length:].any()
+
+
+def test_a_vision_tower_that_is_not_trained_sees_each_picture_once_while_it_is_held(
+    folder: Path, backend: Backend
+) -> None:
+    frozen = load(str(folder), dtype=torch.float32, attention="sdpa", freeze_vision=True)
+    trained = load(str(folder), dtype=torch.float32, attention="sdpa")
+    rows = make_rows(frozen)
+    once = sum({id(row.prompt.pixels): len(row.prompt.pixels) for row in rows}.values())
+    sampling = Sampling(responses=1, max_new_tokens=2)
+    for policy, passes in ((frozen, [once]), (trained, [once, once, None])):
+        with counted(vision_tower(policy)) as patches:
+            first = score(policy, backend, rows)
+            second = score(policy, backend, rows)
+            list(generate(policy, [rows[0].prompt], sampling, torch.Generator()))
+        assert patches == [len(rows[0].prompt.pixels) if p is None else p for p in passes]
+        assert largest_difference(first, second) == 0
+    assert len(frozen.features) == len({id(row.prompt.pixels) for row in rows})
+    del rows
+    assert not len(frozen.features)  # and no longer than that
+
+
 def test_pixels_move_the_scores(policy: Policy, backend: Backend) -> None:
     row = make_rows(policy)[0]
-    blank = Row(prompt=row.prompt, pixels=torch.zeros_like(row.pixels), response=row.response)
+    unseen = replace(row.prompt, pixels=torch.zeros_like(row.prompt.pixels))
+    blank = Row(prompt=unseen, response=row.response)
     with policy.evaluating():
         seeing, blind = score(policy, backend, [row]), score(policy, backend, [blank])
     assert largest_difference(seeing, blind) > 0.01
@@ -231,7 +313,7 @@ def test_each_distinct_picture_passes_the_vision_tower_once_a_call(
     policy: Policy, backend: Backend
 ) -> None:
     rows = make_rows(policy)
-    distinct = {id(row.pixels): len(row.pixels) for row in rows}
+    distinct = {id(row.prompt.pixels): len(row.prompt.pixels) for row in rows}
     assert len(distinct) == 4 < len(rows)
     with counted(vision_tower(policy)) as patches:
         score(policy, backend, rows)
@@ -251,7 +333,7 @@ def test_sampled_placeholders_are_scored_as_text(
         response = random_response(policy, 6, seed=5)
         sampled, plain = response.clone(), response.clone()
         sampled[[0, 2, 3]], plain[[0, 2, 3]] = image, twin
-        rows = [Row(prompt=prompt, pixels=prompt.pixels, response=r) for r in (sampled, plain)]
+        rows = [Row(prompt=prompt, response=r) for r in (sampled, plain)]
         found = score(policy, backend, rows)
         truth = true_scores(model, folder, rows[1:])
     assert_same_scores(found, [*truth, *truth])
@@ -354,7 +436,7 @@ def test_real_items_have_the_ids_pixels_and_scores_of_plain_transformers(
         assert torch.equal(prompt.ids, truth["input_ids"][0])
         assert torch.equal(prompt.pixels.view_as(truth["pixel_values"]), truth["pixel_values"])
         response = random_response(policy, 5, seed=index)
-        rows.append(Row(prompt=prompt, pixels=prompt.pixels, response=response))
+        rows.append(Row(prompt=prompt, response=response))
     with policy.evaluating():
         found = score(policy, backend, rows)
         assert_same_scores(found, true_scores(load_truth(folder), folder, rows))

@@ -81,7 +81,7 @@ def rescored(
     policy: Policy, prompts: Sequence[Prompt], groups: Sequence[Sequence[Response]], heat: float
 ) -> list[Tensor]:
     rows = [
-        Row(prompt=prompt, pixels=prompt.pixels, response=response.ids)
+        Row(prompt=prompt, response=response.ids)
         for prompt, group in zip(prompts, groups, strict=True)
         for response in group
     ]

@@ -89,7 +89,7 @@ def make_samples(policy: Policy, method: GRPO, *, every_view: bool = False) -> l
     for start in (0, 3):
         item = task.read(start)
         prompt = encode_item(policy, item, instruction="", max_tokens=999)
-        pixels = {v.name: encode_view(policy, prompt, v, seed=1, step=2) for v in method.views}
+        shown = {v.name: encode_view(policy, prompt, v, seed=1, step=2) for v in method.views}
         for i in range(start, start + 3):
             ids = torch.randint(10, 300, LENGTHS[i : i + 1], generator=random)
             advantage = torch.tensor([ADVANTAGES[i]])
@@ -97,14 +97,14 @@ def make_samples(policy: Policy, method: GRPO, *, every_view: bool = False) -> l
                 v.name for v in method.views if every_view or v.needed(advantage).tolist() == [True]
             }
             with torch.no_grad():
-                seen = scorer([Row(prompt=prompt, pixels=prompt.pixels, response=ids)]).logprobs[0]
+                seen = scorer([Row(prompt=prompt, response=ids)]).logprobs[0]
             noise = torch.randn(2, len(ids), generator=random, dtype=torch.float64)
             samples.append(
                 Sample(
                     prompt=prompt,
                     ids=ids,
                     advantage=ADVANTAGES[i],
-                    views={name: view for name, view in pixels.items() if name in needed},
+                    views={name: view for name, view in shown.items() if name in needed},
                     old_logprobs=seen + SPREADS[i] * noise[0],
                     reference_logprobs=seen + 0.5 * noise[1],
                 )
@@ -163,18 +163,21 @@ def plain_loss(policy: Policy, method: GRPO, samples: Sequence[Sample]) -> Tenso
     def scored(view: View | None) -> Scores:
         rows = []
         for sample in samples:
-            pixels = sample.prompt.pixels if view is None else sample.views.get(view.name)
-            if pixels is None:
+            prompt = sample.prompt if view is None else sample.views.get(view.name)
+            if prompt is None:
                 zeros = torch.zeros(1, len(sample.ids), dtype=torch.float64)
-                rows.append(Scores(logprobs=zeros, entropy=zeros))
-            else:
-                row = Row(prompt=sample.prompt, pixels=pixels, response=sample.ids)
-                rows.append(scorer([row]))
-        logprobs = padded([row.logprobs[0] for row in rows])
-        entropy = padded([row.entropy[0] for row in rows])
+                rows.append([zeros, zeros, zeros])
+                continue
+            as_is = Row(prompt=sample.prompt, response=sample.ids)
+            row = Row(prompt=prompt, response=sample.ids, against=as_is)
+            *_, found = scorer([as_is, row]).divergence
+            scores = scorer([Row(prompt=prompt, response=sample.ids)])
+            rows.append([scores.logprobs, scores.entropy, found[None]])
+        statistics = [padded([row[kind][0] for row in rows]) for kind in range(3)]
         if view is not None and not view.gradient:
-            logprobs, entropy = logprobs.detach(), entropy.detach()
-        return Scores(logprobs=logprobs, entropy=entropy)
+            statistics = [values.detach() for values in statistics]
+        logprobs, entropy, divergence = statistics
+        return Scores(logprobs=logprobs, entropy=entropy, divergence=divergence)
 
     tokens = Tokens(
         mask=padded([torch.ones(len(s.ids), dtype=torch.bool) for s in samples]),
@@ -232,6 +235,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "reference": ("grpo", {"reference_kl": 0.5, "dual_clip": 1.5}),
     "cppo by sequence": ("cppo", {"weight": 1.0, "aggregation": "sequence-mean"}),
     "cppo alone": ("cppo", {"weight": 1.0, "policy_term": False, "removing_views": 2}),
+    "cppo in full": ("cppo", {"weight": 1.0, "divergence": "full", "score": "divergence"}),
     "cppo in part": ("cppo", {"weight": 1.0, "stop_gradient": ["removed"]}),
 }
 TOYS = {"toy": Blind(), "toy that learns blind": Blind(learns_blind=True)}
@@ -309,9 +313,9 @@ def test_each_picture_passes_the_vision_tower_once_a_scoring_call(policy: Policy
     method = build("cppo", {"preserving": {"rotation": {}}})  # none that may leave it as it is
     samples = make_samples(policy, method)
     pictures = {
-        as_seen(policy, pixels)
+        as_seen(policy, prompt.pixels)
         for sample in samples
-        for pixels in (sample.prompt.pixels, *sample.views.values())
+        for prompt in (sample.prompt, *sample.views.values())
     }
     assert len(pictures) == 6  # two prompts, each as it is, preserved and removed
     with watching(policy) as passes:
@@ -323,7 +327,7 @@ def test_each_picture_passes_the_vision_tower_once_a_scoring_call(policy: Policy
     for seen in passes:
         assert len(seen) == len(set(seen))
     assert len(passes) == 4  # two micro-batches, scored without gradient and with
-    removed = {as_seen(policy, s.views["removed"]) for s in samples if s.views}
+    removed = {as_seen(policy, s.views["removed"].pixels) for s in samples if s.views}
     images = {as_seen(policy, s.prompt.pixels) for s in samples}
     assert set().union(*passes[:2]) == images | removed  # the plan needs no more
     assert set().union(*passes[2:]) == pictures
@@ -377,7 +381,7 @@ def test_a_view_without_gradient_is_scored_once_and_gets_none(policy: Policy) ->
     scorer, calls = make_scorer(policy), []
 
     def note(_: Any, given: tuple[Sequence[Row]]) -> None:
-        calls.append((torch.is_grad_enabled(), [row.pixels for row in given[0]]))
+        calls.append((torch.is_grad_enabled(), [row.prompt for row in given[0]]))
 
     blind = {id(sample.views["blind"]) for sample in samples}
     for cut, passes in (("whole", 1), ("sample", 6)):
@@ -496,7 +500,7 @@ def test_score_without_gradient_keeps_the_order_of_the_samples(policy: Policy) -
     for cut in ("whole", "group"):
         scored = updater(scorer, method, budget(cut, samples)).score_without_gradient(samples)
         for sample, logprobs in zip(samples, scored, strict=True):
-            row = Row(prompt=sample.prompt, pixels=sample.prompt.pixels, response=sample.ids)
+            row = Row(prompt=sample.prompt, response=sample.ids)
             torch.testing.assert_close(logprobs, scorer([row]).logprobs[0].detach())
             assert not logprobs.requires_grad
 

@@ -70,8 +70,11 @@ class Policy:
     @property
     def learns_to_see(self) -> bool:
         """Whether anything is trained that turns pictures into features."""
-        parts = [getattr(self.base.model, part) for part in self.family.vision]
-        return any(p.requires_grad for part in parts for p in part.parameters())
+        return any(
+            parameter.requires_grad
+            for name, parameter in self.base.model.named_parameters()
+            if name.split(".")[0] in self.family.vision
+        )
 
     @property
     def instruction(self) -> str:

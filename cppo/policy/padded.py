@@ -36,7 +36,7 @@ def pad_rows(rows: Sequence[Row], device: torch.device) -> Batch:
     return Batch(
         ids=lined_up([torch.cat([own, row.response]) for own, row in zip(ids, rows, strict=True)]),
         positions=lined_up(positions),
-        image_mask=lined_up([row.prompt.image_mask & ~row.prompt.blind for row in rows]),
+        image_mask=lined_up([row.prompt.image_mask & (not row.prompt.blind) for row in rows]),
         shown=[row.prompt for row in rows if not row.prompt.blind],
         options={"attention_mask": lined_up(attended).long()},
         before=torch.cat(before).to(device),
