@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -68,12 +68,14 @@ class Collector:
         encoder: Encoder,
         grader: Grader,
         settings: RolloutConfig,
+        steps: int,
         seed: int,
         rank: int,
         world: int,
         gather: Gather,
     ) -> None:
         self._policy, self._method, self._settings = policy, method, settings
+        self._steps = steps
         self._feed, self._encoder, self._grader = feed, encoder, grader
         self._seed, self._rank, self._world, self._gather = seed, rank, world, gather
         self._sampling = Sampling(
@@ -127,7 +129,7 @@ class Collector:
         generator = torch.Generator(self._policy.device)
         drawn = view_seed(self._seed, f"rank {self._rank}", f"rollout {attempt}", step)
         generator.manual_seed(drawn)
-        answered = list(generate(self._policy, prompts, self._sampling, generator))
+        answered = self._sample(prompts, step, generator)
         rewards = iter(
             self._grader.grade(
                 [
@@ -141,6 +143,20 @@ class Collector:
             Group(prompt=prompt, responses=responses, rewards=[next(rewards) for _ in responses])
             for prompt, responses in zip(prompts, answered, strict=True)
         ]
+
+    def _sample(
+        self, prompts: Sequence[Prompt], step: int, generator: torch.Generator
+    ) -> list[list[Response]]:
+        """Responses to each prompt; where the method has it so, half of them on another view."""
+        view = self._method.rollout_view((step - 1) / self._steps)
+        if view is None:
+            return list(generate(self._policy, prompts, self._sampling, generator))
+        shown = [encode_view(self._policy, p, view, seed=self._seed, step=step) for p in prompts]
+        half = self._sampling.responses // 2
+        plainly = replace(self._sampling, responses=self._sampling.responses - half)
+        answered = generate(self._policy, prompts, plainly, generator)
+        others = generate(self._policy, shown, replace(plainly, responses=half), generator)
+        return [own + other for own, other in zip(answered, others, strict=True)]
 
     def _set_advantages(self, groups: Sequence[Group]) -> None:
         """Over the groups of all processes, since a method may normalise over the batch."""

@@ -105,6 +105,7 @@ class Trainer:
             encoder=self.encoder,
             grader=self.grader,
             settings=config.rollout,
+            steps=config.steps,
             seed=config.seed,
             rank=self.processes.rank,
             world=world,

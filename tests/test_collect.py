@@ -115,6 +115,7 @@ def make_collector(
             max_new_tokens=max_new_tokens,
             max_resamples=max_resamples,
         ),
+        steps=10,
         seed=seed,
         rank=rank,
         world=world,
