@@ -17,7 +17,7 @@ from PIL import Image
 
 from cppo.cli import _parse
 from cppo.config import TrainConfig, check
-from cppo.methods import METHODS, build
+from cppo.methods import CPPO, METHODS, PAPO, PGPO, VPPO, build
 from cppo.perturb import perturb
 from cppo.trainer import Trainer
 
@@ -143,6 +143,43 @@ def test_the_asynchronous_configs_hold_the_published_settings(data: str, side: i
     assert "gaussian_blur" in method["preserving"]
 
 
+def test_papos_configs_hold_the_published_settings() -> None:
+    # By size and form: gamma, both etas, upper clip, reference KL.
+    published = {
+        "papo-qwen2.5-vl-3b": (0.02, 0.0, 0.3, 0.01),
+        "papo-qwen2.5-vl-7b": (0.02, 0.05, 0.3, 0.01),
+        "papo-dapo-qwen2.5-vl-3b": (0.01, 0.03, 0.28, 0.0),
+        "papo-dapo-qwen2.5-vl-7b": (0.01, 0.03, 0.28, 0.0),
+    }
+    for name, (gamma, eta, clip_high, reference_kl) in published.items():
+        [path] = [path for path in CONFIGS if path.stem == f"{name}-virl39k"]
+        config = parsed(path)
+        method = build(config.method, config.method_options)
+        assert isinstance(method, PAPO)
+        assert method.weight == gamma
+        assert method.entropy_weight == method.masked_entropy_weight == eta
+        assert (method.clip_high, method.reference_kl) == (clip_high, reference_kl)
+        assert method.resample == ("dapo" in name)
+        assert not method.learns_masked
+
+
+def test_the_configs_of_vppo_and_pgpo_hold_the_published_settings() -> None:
+    for name, responses, kind in (
+        ("vppo-qwen2.5-vl-7b", 8, VPPO),
+        ("pgpo-qwen2.5-vl-3b", 5, PGPO),
+        ("pgpo-qwen2.5-vl-7b", 5, PGPO),
+    ):
+        [path] = [path for path in CONFIGS if path.stem == f"{name}-virl39k"]
+        config = parsed(path)
+        method = build(config.method, config.method_options)
+        assert isinstance(method, kind)
+        assert (method.clip_low, method.clip_high, method.resample) == (0.2, 0.28, True)
+        assert (config.rollout.prompts, config.rollout.responses) == (384, responses)
+        assert (config.optimizer.mini_batch_prompts, config.optimizer.learning_rate) == (128, 1e-6)
+        assert config.rollout.max_new_tokens == 2048
+        assert config.rollout.top_p == 0.99
+
+
 # A step of each, on a small model and a few rows.
 
 
@@ -209,12 +246,17 @@ def test_a_config_trains(
     assert metrics["kept_groups"] == 2
     assert metrics["skipped"] == 0
     assert metrics["grad_norm"] > 0
-    wanted = {"loss/policy", "loss/perception"}
-    if config.method_options.get("reference_kl"):
-        wanted.add("loss/reference_kl")
-    assert {name for name in metrics if name.startswith("loss/")} == wanted
+    method = build(config.method, config.method_options)
+    wanted = {"policy", *(["reference_kl"] if method.reference_kl else [])}
+    if isinstance(method, CPPO):
+        wanted.add("perception")
+        assert metrics["perception_tokens"] >= 1
+    if isinstance(method, PAPO):
+        wanted |= {"masked_divergence", *(["masked_entropy"] if method.entropy_weight else [])}
+    if isinstance(method, PAPO | VPPO) and method.entropy_weight:
+        wanted.add("entropy")
+    assert {name for name in metrics if name.startswith("loss/")} == {f"loss/{n}" for n in wanted}
     assert all(value is not None and math.isfinite(value) for value in metrics.values())
-    assert metrics["perception_tokens"] >= 1
     assert trainer.policy.has_adapters == (config.policy.lora_rank > 0)
 
     before, after = weights_in(tiny_folder), weights_in(tmp_path / "run/model")
