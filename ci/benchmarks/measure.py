@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from cppo.device import Backend
 
@@ -38,16 +40,20 @@ def compare(
     repeats: int,
     targets: Mapping[str, float] | None = None,
 ) -> list[Row]:
-    """Runs all in turn, `repeats` times after one to warm up; each against the peer, in seconds."""
-    times: dict[str, list[float]] = {name: [] for name in subjects}
-    for repeat in range(repeats + 1):
-        for name, run in subjects.items():
+    """Runs all in turn, `repeats` times after one to warm up; each against the peer, in seconds.
+
+    What fails while it warms up is named, with its error, and left out; without the peer there is
+    nothing to compare with.
+    """
+    running = {name: run for name, run in subjects.items() if _starts(what, name, run)}
+    times: dict[str, list[float]] = {name: [] for name in running}
+    for _ in range(repeats):
+        for name, run in running.items():
             synchronize()
             started = time.perf_counter()
             run()
             synchronize()
-            if repeat:
-                times[name].append(time.perf_counter() - started)
+            times[name].append(time.perf_counter() - started)
     return [
         Row(
             what=what,
@@ -60,8 +66,39 @@ def compare(
             target=(targets or {}).get(name),
         )
         for name, values in times.items()
-        if name != peer
+        if name != peer and peer in times
     ]
+
+
+def _starts(what: str, name: str, run: Callable[[], object]) -> bool:
+    try:
+        run()
+        synchronize()
+    except Exception as error:  # noqa: BLE001 - a peer may break in any way; the others go on
+        print(f"NOT RUN: {what}: {name}: {type(error).__name__}: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def count_operations(run: Callable[[], object]) -> int:
+    """Floating-point operations of all matrix products and attentions in a run."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def peak_operations(backend: Backend, dtype: torch.dtype) -> float:
+    """A second, in a large matrix product on this device."""
+    size = 2048 if backend.device == "cpu" else 8192
+    left, right = (torch.randn(size, size, device=backend.device, dtype=dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(5):
+        synchronize()
+        started = time.perf_counter()
+        left @ right
+        synchronize()
+        best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best
 
 
 def extra_bytes(backend: Backend, run: Callable[[], object]) -> int:

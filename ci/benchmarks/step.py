@@ -22,12 +22,20 @@ from PIL import Image
 from subjects import SMALL, make_model
 
 from cppo.builtin.policy import build_tokenizer
-from cppo.config import EvaluationConfig, PolicyConfig, RolloutConfig, TrainConfig
+from cppo.config import (
+    DataConfig,
+    EvaluationConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    RolloutConfig,
+    TrainConfig,
+)
 from cppo.device import Backend
 from cppo.trainer import Trainer
 
 RESPONSES = 8
-SHAPES = ((24, 128), (16, 128), (16, 256))  # side of the image in tokens, response tokens
+# Side of the image in tokens, response tokens, prompts a step.
+SHAPES = ((24, 128, 1), (16, 128, 1), (16, 256, 1), (16, 128, 4))
 IMAGES, TOKENS = (
     "images through the vision tower",
     "tokens through the language model, decoding aside",
@@ -44,14 +52,16 @@ def measure(backend: Backend, name: str, repeats: int) -> list[Row]:
     return [row for shape in SHAPES for row in _one(backend, name, repeats, *shape)]
 
 
-def _one(backend: Backend, name: str, repeats: int, side: int, response: int) -> list[Row]:
-    """One prompt and its group a step."""
+def _one(
+    backend: Backend, name: str, repeats: int, side: int, response: int, prompts: int
+) -> list[Row]:
+    """Prompts and their groups, all in one batch on both sides."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        tokenizer, images = _prepare(folder, repeats, side)
-        ours, mine = _ours(name, folder, repeats, response)
-        theirs, other = _trls(backend, folder, tokenizer, images, repeats, response)
-    what = f"whole step, {side**2} image tokens, {RESPONSES} x up to {response}"
+        tokenizer, images = _prepare(folder, repeats, side, prompts)
+        ours, mine = _ours(name, folder, repeats, response, prompts)
+        theirs, other = _trls(backend, folder, tokenizer, images, repeats, response, prompts)
+    what = f"whole step, {prompts} x {side**2} image tokens, {RESPONSES} x up to {response} each"
     rows = [
         Row(
             what=what,
@@ -103,7 +113,7 @@ def _counting(model: Any) -> Iterator[Counter[str]]:
             hook.remove()
 
 
-def _prepare(folder: Path, repeats: int, side: int) -> tuple[Any, list[Image.Image]]:
+def _prepare(folder: Path, repeats: int, side: int, prompts: int) -> tuple[Any, list[Image.Image]]:
     """Writes the model and the data; the first step warms up."""
     from transformers import Qwen2VLImageProcessorPil
 
@@ -115,7 +125,7 @@ def _prepare(folder: Path, repeats: int, side: int) -> tuple[Any, list[Image.Ima
     random = np.random.default_rng(0)
     images = [
         Image.fromarray(random.integers(0, 255, (28 * side, 28 * side, 3), dtype=np.uint8))
-        for _ in range(repeats + 4)
+        for _ in range(prompts * (repeats + 4))
     ]
     (folder / "data").mkdir()
     with (folder / "data" / "train.jsonl").open("w") as rows:
@@ -126,7 +136,9 @@ def _prepare(folder: Path, repeats: int, side: int) -> tuple[Any, list[Image.Ima
     return tokenizer, images
 
 
-def _ours(name: str, folder: Path, repeats: int, response: int) -> tuple[list[float], Counter[str]]:
+def _ours(
+    name: str, folder: Path, repeats: int, response: int, prompts: int
+) -> tuple[list[float], Counter[str]]:
     config = TrainConfig(
         method="cppo",
         model=str(folder / "model"),
@@ -138,7 +150,9 @@ def _ours(name: str, folder: Path, repeats: int, response: int) -> tuple[list[fl
         attention="sdpa",
         checkpoint_every=0,
         policy=PolicyConfig(max_prompt_tokens=4096),
-        rollout=RolloutConfig(prompts=1, responses=RESPONSES, max_new_tokens=response),
+        dataset=DataConfig(instruction=""),  # the peer appends none
+        optimizer=OptimizerConfig(tokens_per_micro_batch=1_000_000),
+        rollout=RolloutConfig(prompts=prompts, responses=RESPONSES, max_new_tokens=response),
         evaluation=EvaluationConfig(items=1, k=1, every=0, items_during=1),
     )
     trainer = Trainer(config, folder / "run")
@@ -161,6 +175,7 @@ def _trls(
     images: Sequence[Image.Image],
     repeats: int,
     response: int,
+    prompts: int,
 ) -> tuple[list[float], Counter[str]]:
     from datasets import Dataset
     from transformers import (
@@ -200,7 +215,7 @@ def _trls(
         ],
         args=GRPOConfig(
             output_dir=str(folder / "trl"),
-            per_device_train_batch_size=RESPONSES,
+            per_device_train_batch_size=prompts * RESPONSES,
             num_generations=RESPONSES,
             max_completion_length=response,
             max_steps=repeats + 1,

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from cppo.builtin.policy import SPECIAL, build_tokenizer
 from cppo.data import Item
@@ -70,11 +71,11 @@ THREE_BILLION = Size(
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One group: a prompt, its responses, and their views."""
+    """Groups of responses; `views` holds each sample's prompt on each view, needed or not."""
 
     policy: Policy
-    prompt: Prompt
     samples: list[Sample]
+    views: dict[str, list[Prompt]]
     method: GRPO
 
     @property
@@ -134,12 +135,13 @@ def make_batch(
     backend: Backend,
     *,
     size: Size,
-    image_tokens: int,
+    image_tokens: Sequence[int],
     response_tokens: Sequence[int],
     dtype: torch.dtype = torch.float32,
     checkpointing: bool = False,
 ) -> Batch:
-    """A prompt with one image, and responses of these lengths: every other one is better."""
+    """For each number of image tokens a prompt with one image, and for each prompt responses of
+    these lengths: every other one is better."""
     from transformers import Qwen2VLImageProcessorPil
 
     tokenizer = build_tokenizer()
@@ -159,21 +161,28 @@ def make_batch(
         attention=attention,
         source="random weights",
     )
-    side = 28 * round(image_tokens**0.5)
-    pixels = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
-    prompt = _prompt(policy, Image.fromarray(pixels))
     method = build("cppo", {})
-    views = {v.name: encode_view(policy, prompt, v, seed=0, step=0) for v in method.views}
     generator = torch.Generator().manual_seed(1)
-    samples = []
-    for number, length in enumerate(response_tokens):
-        better = number % 2 == 0
-        ids = torch.randint(len(SPECIAL), len(tokenizer), (length,), generator=generator)
-        advantage = 1.0 if better else -1.0
-        samples.append(
-            Sample(prompt=prompt, ids=ids, advantage=advantage, views=views if better else {})
-        )
-    return Batch(policy=policy, prompt=prompt, samples=samples, method=method)
+    samples: list[Sample] = []
+    shown: dict[str, list[Prompt]] = {view.name: [] for view in method.views}
+    for number, tokens in enumerate(image_tokens):
+        side = 28 * round(tokens**0.5)
+        pixels = np.random.default_rng(number).integers(0, 255, (side, side, 3), dtype=np.uint8)
+        prompt = _prompt(policy, Image.fromarray(pixels))
+        views = {v.name: encode_view(policy, prompt, v, seed=0, step=0) for v in method.views}
+        for order, length in enumerate(response_tokens):
+            better = order % 2 == 0
+            samples.append(
+                Sample(
+                    prompt=prompt,
+                    ids=torch.randint(len(SPECIAL), len(tokenizer), (length,), generator=generator),
+                    advantage=1.0 if better else -1.0,
+                    views=views if better else {},
+                )
+            )
+        for name, view in views.items():
+            shown[name] += [view] * len(response_tokens)
+    return Batch(policy=policy, samples=samples, views=shown, method=method)
 
 
 def _prompt(policy: Policy, image: Image.Image) -> Prompt:
@@ -206,9 +215,39 @@ class Ours:
         )
         bare = [Sample(prompt=s.prompt, ids=s.ids, advantage=s.advantage) for s in batch.samples]
         self._samples = batch.samples if views else bare
+        self.dtype = batch.policy.precision
 
     def update(self) -> None:
         self._updater.step(self._samples)
+
+
+# --- rows, as others have them --------------------------------------------------------------------
+
+
+def padded(samples: Sequence[Sample], prompts: Sequence[Prompt], device: Any) -> dict[str, Tensor]:
+    """Each response with its prompt: prompts padded on the left, responses on the right."""
+
+    def left(tensors: Sequence[Tensor]) -> Tensor:
+        return pad_sequence(list(tensors), batch_first=True, padding_side="left").to(device)
+
+    ids = pad_sequence([sample.ids for sample in samples], batch_first=True)
+    lengths = torch.tensor([len(sample.ids) for sample in samples])
+    return {
+        "prompt_ids": left([prompt.ids for prompt in prompts]),
+        "prompt_mask": left([torch.ones_like(prompt.ids) for prompt in prompts]),
+        "completion_ids": ids.to(device),
+        "completion_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(device),
+        "pixel_values": torch.cat([prompt.pixels for prompt in prompts]).to(device),
+        "image_grid_thw": torch.cat([prompt.grids for prompt in prompts]).to(device),
+        "mm_token_type_ids": torch.cat(
+            [
+                left([prompt.image_mask.int() for prompt in prompts]),
+                torch.zeros_like(ids, dtype=torch.int).to(device),
+            ],
+            dim=1,
+        ),
+        "advantages": torch.tensor([sample.advantage for sample in samples], device=device),
+    }
 
 
 # --- TRL's ---------------------------------------------------------------------------------------
@@ -225,12 +264,13 @@ class Trl:
         from datasets import Dataset
         from trl import GRPOConfig, GRPOTrainer
 
-        policy, prompt, samples = batch.policy, batch.prompt, batch.samples
+        policy, samples = batch.policy, batch.samples
         count = len(samples)
         model = copy.deepcopy(policy.model)
         model.set_attn_implementation(policy.attention)
+        self._folder = tempfile.TemporaryDirectory()
         config = GRPOConfig(
-            output_dir=tempfile.mkdtemp(),
+            output_dir=self._folder.name,
             per_device_train_batch_size=count,
             num_generations=count,
             max_completion_length=max(len(sample.ids) for sample in samples),
@@ -249,22 +289,10 @@ class Trl:
             processing_class=policy.tokenizer,
         )
         self.model = self._trainer.model
-        device = policy.device
-        ids = torch.nn.utils.rnn.pad_sequence([s.ids for s in samples], batch_first=True)
-        lengths = torch.tensor([len(s.ids) for s in samples])
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        kinds = torch.cat([prompt.image_mask.int(), torch.zeros(ids.shape[1], dtype=torch.int)])
-        self._inputs: dict[str, Any] = {
-            "prompt_ids": prompt.ids.expand(count, -1).to(device),
-            "prompt_mask": torch.ones(count, len(prompt.ids), dtype=torch.long, device=device),
-            "completion_ids": ids.to(device),
-            "completion_mask": mask.to(device),
-            "advantages": torch.tensor([s.advantage for s in samples], device=device),
-            "pixel_values": prompt.pixels.repeat(count, 1).to(device),
-            "image_grid_thw": prompt.grids.repeat(count, 1).to(device),
+        rows = padded(samples, [sample.prompt for sample in samples], policy.device)
+        self._inputs = rows | {
             "num_images": [1] * count,
-            "mm_token_type_ids": kinds.expand(count, -1).to(device),
-            "num_items_in_batch": lengths.sum().float().to(device),
+            "num_items_in_batch": rows["completion_mask"].sum().float(),
         }
         self._trainer.current_gradient_accumulation_steps = 1
 
@@ -280,42 +308,37 @@ class Naive:
     """CPPO as one would first write it: three padded forwards of everything, logits whole."""
 
     def __init__(self, batch: Batch) -> None:
-        self._policy, self._samples, self._method = batch.policy, batch.samples, batch.method
+        self._policy, self._method = batch.policy, batch.method
         self.model = copy.deepcopy(batch.policy.model)
         self.model.set_attn_implementation(batch.policy.attention)
-        prompt, device = batch.prompt, batch.policy.device
-        count = len(self._samples)
-        ids = torch.nn.utils.rnn.pad_sequence([s.ids for s in self._samples], batch_first=True)
-        lengths = torch.tensor([len(s.ids) for s in self._samples])
-        self._mask = (torch.arange(ids.shape[1]) < lengths[:, None]).to(device)
-        kinds = torch.cat([prompt.image_mask.int(), torch.zeros(ids.shape[1], dtype=torch.int)])
-        self._targets = ids.to(device)
-        self._inputs = {
-            "input_ids": torch.cat([prompt.ids.expand(count, -1), ids], dim=1).to(device),
-            "attention_mask": torch.cat(
-                [torch.ones(count, len(prompt.ids), device=device), self._mask], dim=1
-            ).long(),
-            "image_grid_thw": prompt.grids.repeat(count, 1).to(device),
-            "mm_token_type_ids": kinds.expand(count, -1).to(device),
-        }
-        views = self._samples[0].views
-        self._pixels = [
-            pixels.repeat(count, 1).to(device) for pixels in (prompt.pixels, *views.values())
+        as_is = [sample.prompt for sample in batch.samples]
+        device = batch.policy.device
+        self._views = [
+            padded(batch.samples, prompts, device) for prompts in (as_is, *batch.views.values())
         ]
-        self._advantages = torch.tensor([s.advantage for s in self._samples], device=device)
+        self._mask = self._views[0]["completion_mask"].bool()
+        self._advantages = self._views[0]["advantages"]
 
-    def _forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        keep = self._targets.shape[1] + 1
+    def _forward(self, rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        targets = rows["completion_ids"]
         with self._policy.autocast():
-            output = self.model(**self._inputs, pixel_values=pixels, logits_to_keep=keep)
+            output = self.model(
+                input_ids=torch.cat([rows["prompt_ids"], targets], dim=1),
+                attention_mask=torch.cat([rows["prompt_mask"], rows["completion_mask"]], dim=1),
+                logits_to_keep=targets.shape[1] + 1,
+                **{
+                    name: rows[name]
+                    for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids")
+                },
+            )
         logprobs = output.logits[:, :-1].float().log_softmax(-1)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
-        return logprobs.gather(-1, self._targets[..., None])[..., 0], entropy
+        return logprobs.gather(-1, targets[..., None])[..., 0], entropy
 
     def update(self) -> None:
         self.model.zero_grad()
         (seen, entropy), (preserved, _), (removed, removed_entropy) = map(
-            self._forward, self._pixels
+            self._forward, self._views
         )
         better = self._mask & (self._advantages > 0)[:, None]
         tokens = self._method.detect(
