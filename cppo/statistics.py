@@ -119,6 +119,31 @@ class _TokenStatistics(torch.autograd.Function):
         return grad_hidden_TD, grad_weight_VD, None, None, None
 
 
+def check_inputs(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    *,
+    temperature: float,
+    chunk_tokens: int,
+) -> None:
+    """ValueError for what no implementation of the statistics takes."""
+    if hidden_TD.dim() != 2 or targets_T.shape != hidden_TD.shape[:1]:
+        raise ValueError(
+            f"hidden_TD {tuple(hidden_TD.shape)} and targets_T {tuple(targets_T.shape)} do not "
+            "fit: pass (T, D) and (T,)"
+        )
+    if weight_VD.dim() != 2 or weight_VD.shape[1] != hidden_TD.shape[1]:
+        raise ValueError(
+            f"weight_VD {tuple(weight_VD.shape)} does not fit hidden_TD {tuple(hidden_TD.shape)}: "
+            "pass (V, D) with the same D"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be positive")
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1")
+
+
 def chunked_token_statistics(
     hidden_TD: Tensor,
     weight_VD: Tensor,
@@ -143,20 +168,9 @@ def chunked_token_statistics(
     or float64. Raises ValueError for shapes that do not fit, or a temperature or a chunk that is
     not positive.
     """
-    if hidden_TD.dim() != 2 or targets_T.shape != hidden_TD.shape[:1]:
-        raise ValueError(
-            f"hidden_TD {tuple(hidden_TD.shape)} and targets_T {tuple(targets_T.shape)} do not "
-            "fit: pass (T, D) and (T,)"
-        )
-    if weight_VD.dim() != 2 or weight_VD.shape[1] != hidden_TD.shape[1]:
-        raise ValueError(
-            f"weight_VD {tuple(weight_VD.shape)} does not fit hidden_TD {tuple(hidden_TD.shape)}: "
-            "pass (V, D) with the same D"
-        )
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature} must be positive")
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1")
+    check_inputs(
+        hidden_TD, weight_VD, targets_T, temperature=temperature, chunk_tokens=chunk_tokens
+    )
     logprobs_T, entropy_T = _TokenStatistics.apply(  # type: ignore[no-untyped-call]
         hidden_TD, weight_VD, targets_T, temperature, chunk_tokens
     )
