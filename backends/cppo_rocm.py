@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 import torch
+from cppo_triton import Tiling, token_statistics_for
 
 from cppo.attention import installed_flash_attention, usable
 from cppo.device import Backend, Unavailable, accelerator_memory, claim_device, first_line
@@ -16,6 +17,8 @@ from cppo.device import Backend, Unavailable, accelerator_memory, claim_device, 
 # Architectures whose matrix units take bfloat16: CDNA, RDNA 3 and later. PyTorch itself says yes
 # on every GPU.
 REAL_BFLOAT16 = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
+# 64 KiB of local memory is all there is on most.
+TILINGS = (Tiling(rows=128, columns=128, depth=64, warps=8, stages=2),)
 
 
 def probe() -> Backend:
@@ -27,17 +30,19 @@ def probe() -> Backend:
     device = claim_device("cuda")  # cards of one machine may differ
     real_bfloat16 = torch.cuda.get_device_properties(device).gcnArchName.startswith(REAL_BFLOAT16)
     sixteen_bits = torch.bfloat16 if real_bfloat16 else torch.float16
+    precision = (
+        (torch.bfloat16, torch.float32, torch.float16)
+        if real_bfloat16
+        else (torch.float32, torch.float16)
+    )
     return Backend(
         device="cuda",
         attention=usable((*installed_flash_attention(), "sdpa", "eager"), "cuda", sixteen_bits),
-        precision=(
-            (torch.bfloat16, torch.float32, torch.float16)
-            if real_bfloat16
-            else (torch.float32, torch.float16)
-        ),
+        precision=precision,
         # RCCL, under the name that torch.distributed knows it by.
         collectives="nccl",
         memory=accelerator_memory("cuda"),
+        token_statistics=token_statistics_for("cuda", precision, TILINGS),
     )
 
 

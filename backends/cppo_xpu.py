@@ -9,6 +9,7 @@ import os
 from dataclasses import replace
 
 import torch
+from cppo_triton import Tiling, token_statistics_for
 
 from cppo.attention import usable
 from cppo.device import (
@@ -19,6 +20,9 @@ from cppo.device import (
     claim_device,
     first_line,
 )
+
+# A warp is 16 lanes wide here.
+TILINGS = (Tiling(rows=128, columns=128, depth=32, warps=16, stages=2),)
 
 
 def probe() -> Backend:
@@ -47,12 +51,14 @@ def probe() -> Backend:
         torch.float32: True,
         torch.float16: scales_losses,
     }
+    precision = tuple(dtype for dtype, works in offered.items() if works)
     return Backend(
         device="xpu",
         attention=usable(("sdpa", "eager"), "xpu", sixteen_bits),
-        precision=tuple(dtype for dtype, works in offered.items() if works),
+        precision=precision,
         collectives="xccl",
         memory=_memory(),
+        token_statistics=token_statistics_for("xpu", precision, TILINGS),
     )
 
 

@@ -46,12 +46,9 @@ def chunked_token_statistics(
     Returns (logprobs_T, entropy_T), float32 or float64. Raises ValueError for shapes that do not
     fit, or a temperature or a chunk that is not positive.
     """
-    if hidden_TD.dim() != 2 or targets_T.shape != hidden_TD.shape[:1]:
-        raise ValueError(
-            f"hidden_TD {tuple(hidden_TD.shape)} and targets_T {tuple(targets_T.shape)} do not "
-            "fit: pass (T, D) and (T,)"
-        )
-    _check(hidden_TD, weight_VD, temperature, chunk_tokens)
+    check_inputs(
+        hidden_TD, weight_VD, targets_T, temperature=temperature, chunk_tokens=chunk_tokens
+    )
     logprobs_T, entropy_T = _TokenStatistics.apply(  # type: ignore[no-untyped-call]
         hidden_TD, weight_VD, targets_T, temperature, chunk_tokens
     )
@@ -85,6 +82,23 @@ def token_divergence(
         hidden_TD, other_TD, weight_VD, temperature, chunk_tokens
     )
     return divergence_T
+
+
+def check_inputs(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    *,
+    temperature: float,
+    chunk_tokens: int,
+) -> None:
+    """ValueError for what no implementation of the statistics takes."""
+    if hidden_TD.dim() != 2 or targets_T.shape != hidden_TD.shape[:1]:
+        raise ValueError(
+            f"hidden_TD {tuple(hidden_TD.shape)} and targets_T {tuple(targets_T.shape)} do not "
+            "fit: pass (T, D) and (T,)"
+        )
+    _check(hidden_TD, weight_VD, temperature, chunk_tokens)
 
 
 def _check(hidden_TD: Tensor, weight_VD: Tensor, temperature: float, chunk_tokens: int) -> None:

@@ -31,6 +31,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ[BACKEND] = config.getoption("--backend") or "cpu"
+    if os.environ[BACKEND] == "cpu":  # kernels are interpreted; Triton reads this on its import
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -15,6 +15,7 @@ import types
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, PackageNotFoundError, distributions
 from pathlib import Path
+from typing import Any
 
 import cppo_cpu
 import cppo_cuda
@@ -28,6 +29,7 @@ import torch.distributed as dist
 from cppo import cli, device
 from cppo.device import Backend, Candidate, Memory, Unavailable
 from cppo.processes import LAUNCHER
+from cppo.statistics import chunked_token_statistics
 
 ROOT = Path(__file__).parents[1]
 BLOCK_BYTES = 200_000_000
@@ -145,6 +147,33 @@ def test_token_statistics_match_float64(backend: Backend) -> None:
     torch.testing.assert_close(logprobs.double().cpu(), expected, atol=1e-5, rtol=1e-5)
     expected = -(truth.exp() * truth).sum(1)
     torch.testing.assert_close(entropy.double().cpu(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_token_statistics_match_float64_from_every_precision_gradients_included(
+    backend: Backend,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(150, 72, generator=generator)
+    weight = torch.randn(1100, 72, generator=generator) / 72**0.5
+    targets = torch.randint(1100, (150,), generator=generator)
+    upstream = torch.randn(2, 150, generator=generator)
+
+    def differentiate(function: Callable[..., Any], where: str, *inputs: torch.Tensor) -> list[Any]:
+        leaves = [tensor.to(where).requires_grad_() for tensor in inputs]
+        results = function(*leaves, targets.to(where), temperature=0.7)
+        weights = [row.to(where, results[0].dtype) for row in upstream]
+        gradients = torch.autograd.grad(results, leaves, weights)
+        return [tensor.detach().double().cpu() for tensor in (*results, *gradients)]
+
+    # Gradients are rounded to their inputs' type; log-probabilities and entropies are not.
+    limits = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+    for dtype in backend.precision:
+        inputs = [tensor.to(dtype) for tensor in (hidden, weight)]
+        found = differentiate(backend.token_statistics, backend.device, *inputs)
+        wide = [tensor.double() for tensor in inputs]
+        truth = differentiate(chunked_token_statistics, "cpu", *wide)
+        for a, b, limit in zip(found, truth, (1e-5, 1e-5, *[limits[dtype]] * 2), strict=True):
+            assert (a - b).norm() <= limit * b.norm(), dtype
 
 
 # ---------------------------------------------------------------- the choice, with fake packages
@@ -485,6 +514,7 @@ def fake_pytorch(
 
     for module in (cppo_cuda, cppo_rocm, cppo_xpu):
         monkeypatch.setattr(module, "usable", lambda names, device, dtype: names)
+        monkeypatch.setattr(module, "token_statistics_for", lambda *given: given)
     for module in (cppo_cuda, cppo_rocm):
         monkeypatch.setattr(module, "installed_flash_attention", lambda: ("flash_attention_2",))
     return claim
@@ -518,6 +548,8 @@ def test_a_fake_pytorch_build_is_told_apart(
         assert backend.device == build["accelerator"]
         assert backend.precision[0] is torch.bfloat16
         assert backend.memory.headroom_bytes() == 500 + 30 - 20
+        asked = (build["accelerator"], backend.precision, module.TILINGS)
+        assert backend.token_statistics == asked
     else:
         with pytest.raises(Unavailable, match=reason):
             module.probe()
