@@ -390,6 +390,11 @@ def test_noise_falls_as_published() -> None:
         steps[step] = view.perturbations["diffusion_noise"]["step"] if view else None
     assert steps == {1: 499, 27: 499, 40: 250, 48: 8, 53: None, 60: None}
     assert method.views == ()
+    steep = NoisyRollout(noise_slope=1e6)
+    assert steep.rollout_view(0.0) == View(
+        name="noised", perturbations={"diffusion_noise": {"step": 500}}
+    )
+    assert steep.rollout_view(1.0) is None
 
 
 def test_other_methods_sample_on_the_images() -> None:

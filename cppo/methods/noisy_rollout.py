@@ -42,8 +42,8 @@ class NoisyRollout(GRPO):
 
     def rollout_view(self, progress: float) -> View | None:
         """The noised view; None once its step is 0, which nobody could see."""
-        fallen = 1 / (1 + math.exp(-self.noise_slope * (progress - self.noise_midpoint)))
-        step = int(self.noise_step * (1 - fallen))
+        past = self.noise_slope * (progress - self.noise_midpoint)
+        step = int(self.noise_step * (1 - math.tanh(past / 2)) / 2)  # 1 - sigmoid, at any slope
         if step == 0:
             return None
         return View(name="noised", perturbations={"diffusion_noise": {"step": step}})
