@@ -19,6 +19,7 @@ from cppo.methods.dvrp import DVRP
 from cppo.methods.grpo import GRPO
 from cppo.methods.gspo import GSPO
 from cppo.methods.method import Average, Plan, Scores, Term, Tokens, View
+from cppo.methods.noisy_rollout import NoisyRollout
 from cppo.methods.papo import PAPO, PAPO_DAPO
 from cppo.methods.pgpo import PGPO
 from cppo.methods.vppo import VPPO
@@ -35,6 +36,7 @@ METHODS: dict[str, Callable[..., GRPO]] = {
     "vppo": VPPO,
     "pgpo": PGPO,
     "dvrp": DVRP,
+    "noisy_rollout": NoisyRollout,
 }
 
 
@@ -74,6 +76,7 @@ __all__ = [
     "PGPO",
     "VPPO",
     "Average",
+    "NoisyRollout",
     "Plan",
     "Scores",
     "Term",

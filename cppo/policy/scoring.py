@@ -52,10 +52,14 @@ class Scorer(nn.Module):
                 use_cache=False,
                 **batch.options,
             ).last_hidden_state.flatten(0, 1)
-        states = hidden[batch.before]
+        # Weights that are trained are wide, and so are the states that the last norm gives: the
+        # products would be too, at many times the cost on hardware that multiplies 16-bit numbers.
+        states, head = (
+            tensor.to(policy.precision) for tensor in (hidden[batch.before], policy.head)
+        )
         logprobs, entropy = self._backend.token_statistics(
             states,
-            policy.head,
+            head,
             torch.cat([row.response for row in rows]).to(device),
             temperature=self._temperature,
         )
@@ -64,21 +68,23 @@ class Scorer(nn.Module):
         empty = logprobs.new_zeros(mask.shape)
         divergence = None
         if any(row.against for row in rows):
-            divergence = self._divergence(rows, states.split(lengths), empty)
+            divergence = self._divergence(rows, states.split(lengths), head, empty)
         return Scores(
             logprobs=empty.masked_scatter(mask, logprobs),
             entropy=empty.masked_scatter(mask, entropy),
             divergence=divergence,
         )
 
-    def _divergence(self, rows: Sequence[Row], states: Sequence[Tensor], empty: Tensor) -> Tensor:
+    def _divergence(
+        self, rows: Sequence[Row], states: Sequence[Tensor], head: Tensor, empty: Tensor
+    ) -> Tensor:
         """Of the rows that are to be held against others, (R, T); zero elsewhere."""
         place = {id(row): number for number, row in enumerate(rows)}
         pairs = [(place[id(row.against)], n) for n, row in enumerate(rows) if row.against]
         divergence = token_divergence(
             torch.cat([states[there] for there, _ in pairs]),
             torch.cat([states[here] for _, here in pairs]),
-            self._policy.head,
+            head,
             temperature=self._temperature,
         )
         lengths = torch.tensor([len(row.response) if row.against else 0 for row in rows])
