@@ -636,3 +636,20 @@ def test_an_image_the_processor_refuses_is_a_bad_row(policy: Policy) -> None:
     with pytest.raises(BadRow, match="aspect ratio") as caught:
         make_prompt(policy, make_item(5, [(64, 64), (900, 3)]))
     assert (caught.value.reason, caught.value.row) == ("image not usable", "made:5")
+
+
+@pytest.mark.parametrize("folder", ["internvl"], indirect=True)
+@pytest.mark.parametrize("template", ["<|endoftext|>", ""], ids=["in the template", "not in it"])
+def test_a_start_token_is_written_once(policy: Policy, template: str) -> None:
+    """By the chat template, or by a tokenizer that adds it where the template does not."""
+    from tokenizers.processors import TemplateProcessing
+
+    start = ("<|endoftext|>", policy.tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+    policy.tokenizer.bos_token = start[0]
+    policy.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{start[0]} $A", special_tokens=[start]
+    )
+    policy.tokenizer.chat_template = template + policy.tokenizer.chat_template
+    ids = make_prompt(policy, ITEMS[0]).ids
+    assert ids[0] == start[1]
+    assert (ids == start[1]).sum() == 1
