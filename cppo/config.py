@@ -45,8 +45,10 @@ class PolicyConfig:
 
     Args:
         max_prompt_tokens: Rows with a longer prompt, image tokens included, are skipped.
-        min_pixels: Smaller images are scaled up to this many pixels; the model's own if null.
-        max_pixels: Larger images are scaled down to this many pixels; the model's own if null.
+        min_pixels: Smaller images are scaled up to this many pixels; the model's own if null. Of
+            Qwen families alone.
+        max_pixels: Larger images are scaled down to this many pixels, or to as many in tiles; the
+            model's own if null. Not of LLaVA-OneVision and Gemma 3.
         freeze_vision: Leave the vision tower as it is.
         gradient_checkpointing: Recompute activations instead of keeping them.
         lora_rank: Train adapters of this rank instead of the weights; 0 for the weights.
@@ -158,7 +160,7 @@ class TrainConfig:
     """One training run.
 
     Args:
-        model: "builtin", a folder, or a Hub id (Qwen2-VL, Qwen2.5-VL, Qwen3-VL).
+        model: "builtin", a folder, or a Hub id of a supported family.
         data: "builtin", a file or folder (parquet, JSON lines, images), or a Hub id.
         method: The algorithm (grpo, dapo, dr_grpo, gspo, cppo, cppo_areal, papo, papo_dapo, vppo,
             pgpo, dvrp).

@@ -118,10 +118,14 @@ def _image_processor(name: str) -> Any:
             size={"height": 32, "width": 32}, image_grid_pinpoints=PINPOINTS
         )
     if name in ("idefics3", "smolvlm"):
-        made = {
-            "idefics3": transformers.Idefics3ImageProcessorPil,
-            "smolvlm": transformers.SmolVLMImageProcessorPil,
-        }[name]
+        from transformers.models.idefics3.image_processing_pil_idefics3 import (
+            Idefics3ImageProcessorPil,
+        )
+        from transformers.models.smolvlm.image_processing_pil_smolvlm import (
+            SmolVLMImageProcessorPil,
+        )
+
+        made = {"idefics3": Idefics3ImageProcessorPil, "smolvlm": SmolVLMImageProcessorPil}[name]
         return made(size={"longest_edge": 96}, max_image_size={"longest_edge": 32})
     if name == "gemma3":
         return transformers.Gemma3ImageProcessorPil(size={"height": 32, "width": 32})

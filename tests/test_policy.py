@@ -527,6 +527,56 @@ def test_pixel_limits_hold_for_prompts_and_are_saved(folder: Path, tmp_path: Pat
         assert torch.equal(saved([image], return_tensors="pt")["image_grid_thw"], grid)
 
 
+@pytest.mark.parametrize(
+    ("folder", "limit", "tiles"),
+    [
+        ("internvl", 3 * 32 * 32, [3, 1]),  # 2 x 1 tiles and a thumbnail; one that is square
+        ("internvl", 5, [1, 1]),
+        ("idefics3", 2 * 64 * 64, [3, 5]),  # of at most 64 x 64: 1 x 2 and the whole; 2 x 2
+        ("idefics3", 5, [1, 1]),
+    ],
+    indirect=["folder"],
+)
+def test_pixel_limits_are_kept_to_in_tiles(
+    folder: Path, tmp_path: Path, limit: int, tiles: list[int]
+) -> None:
+    policy = load_float32(folder, pixel_limits={"max_pixels": limit})
+    save(policy, tmp_path)
+    items = [make_item(1, [(200, 90)]), make_item(2, [(300, 301)])]
+    for made in (policy, load_float32(tmp_path)):
+        assert [len(make_prompt(made, item).pixels) for item in items] == tiles
+
+
+@pytest.mark.parametrize(
+    ("folder", "limit"),
+    [
+        ("internvl", "min_pixels"),
+        ("idefics3", "min_pixels"),
+        ("llava_onevision", "max_pixels"),
+        ("gemma3", "max_pixels"),
+    ],
+    indirect=["folder"],
+)
+def test_pixel_limits_that_cannot_be_kept_are_refused(folder: Path, limit: str) -> None:
+    with pytest.raises(ValueError, match=rf"policy\.{limit} has no meaning .* leave it null"):
+        load_float32(folder, pixel_limits={limit: 10_000})
+
+
+@pytest.mark.parametrize("folder", ["llava_onevision"], indirect=True)
+def test_the_chat_template_is_the_processors_where_it_has_one(folder: Path, tmp_path: Path) -> None:
+    """As saved years ago: the tokenizer's own template then knows nothing of images."""
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    template = (tmp_path / "chat_template.jinja").read_text()
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ messages[0].content }}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    old, new = (make_prompt(load_float32(f), ITEMS[1]) for f in (tmp_path, folder))
+    assert torch.equal(old.ids, new.ids)
+
+
 def test_torchvision_is_not_needed(policy: Policy) -> None:
     if importlib.util.find_spec("torchvision") is not None:
         pytest.skip("torchvision is installed here, so its absence cannot be tried")
@@ -668,3 +718,20 @@ def test_an_image_the_processor_refuses_is_a_bad_row(policy: Policy) -> None:
     with pytest.raises(BadRow, match="aspect ratio") as caught:
         make_prompt(policy, make_item(5, [(64, 64), (900, 3)]))
     assert (caught.value.reason, caught.value.row) == ("image not usable", "made:5")
+
+
+@pytest.mark.parametrize("folder", ["internvl"], indirect=True)
+@pytest.mark.parametrize("template", ["<|endoftext|>", ""], ids=["in the template", "not in it"])
+def test_a_start_token_is_written_once(policy: Policy, template: str) -> None:
+    """By the chat template, or by a tokenizer that adds it where the template does not."""
+    from tokenizers.processors import TemplateProcessing
+
+    start = ("<|endoftext|>", policy.tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+    policy.tokenizer.bos_token = start[0]
+    policy.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{start[0]} $A", special_tokens=[start]
+    )
+    policy.tokenizer.chat_template = template + policy.tokenizer.chat_template
+    ids = make_prompt(policy, ITEMS[0]).ids
+    assert ids[0] == start[1]
+    assert (ids == start[1]).sum() == 1

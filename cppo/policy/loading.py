@@ -146,7 +146,12 @@ def load(
     family; and where adapters are asked for on a weight that is read past them.
     """
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+    from transformers import (
+        AutoConfig,
+        AutoModelForImageTextToText,
+        AutoTokenizer,
+        ProcessorMixin,
+    )
 
     try:
         config = AutoConfig.from_pretrained(source)
@@ -158,6 +163,9 @@ def load(
             )
             attention = "sdpa"
         tokenizer = AutoTokenizer.from_pretrained(source)
+        # Older models have their processor's template in a file that tokenizers do not read.
+        if template := ProcessorMixin.get_processor_dict(source)[0].get("chat_template"):
+            tokenizer.chat_template = template
         image_processor = family.load_image_processor(source, dict(pixel_limits or {}))
         model, report = AutoModelForImageTextToText.from_pretrained(
             source, dtype=dtype, attn_implementation=attention, output_loading_info=True

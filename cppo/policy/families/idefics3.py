@@ -34,15 +34,19 @@ class Idefics3(Flat):
 
     @staticmethod
     def load_image_processor(folder: str | Path, limits: Mapping[str, int]) -> Any:
-        from transformers import AutoImageProcessor
+        # SmolVLM's is the same under another name. Under `transformers` itself, older versions have
+        # neither where torchvision is absent.
+        from transformers.models.idefics3.image_processing_pil_idefics3 import (
+            Idefics3ImageProcessorPil,
+        )
 
         without_limits(limits, "idefics3 and smolvlm", known="max_pixels")
-        processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        processor = Idefics3ImageProcessorPil.from_pretrained(folder)
         if "max_pixels" in limits:
             tile = processor.max_image_size["longest_edge"]
             side = tile * max(1, math.isqrt(limits["max_pixels"]) // tile)
             size = {"longest_edge": min(side, processor.size["longest_edge"])}
-            processor = AutoImageProcessor.from_pretrained(folder, backend="pil", size=size)
+            processor = Idefics3ImageProcessorPil.from_pretrained(folder, size=size)
         return processor
 
     @staticmethod
