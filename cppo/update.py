@@ -211,12 +211,14 @@ class Updater:
             return blank
         scores, start, found = self._scorer(rows), 0, {}
         for name, own in rows_of.items():
+            if not own:
+                continue
             places = torch.tensor([*own], dtype=torch.long, device=self._device)
             found[name] = _spread(scores, slice(start, start + len(own)), places, blank.mask)
             start += len(own)
-        seen_scores = found.pop("")
-        known = self._known(samples, seen_scores)
-        return replace(blank, seen=seen_scores, views={**blank.views, **found}, **known)
+        as_is = found.pop("", blank.seen)
+        known = self._known(samples, as_is)
+        return replace(blank, seen=as_is, views={**blank.views, **found}, **known)
 
     def _unscored(self, samples: Sequence[Sample]) -> Tokens:
         """Tokens of samples as far as they are known without the policy."""

@@ -21,7 +21,7 @@ from cppo.data import Feed, Item, SkipLedger
 from cppo.device import choose
 from cppo.methods import GRPO, build
 from cppo.objective import group_advantages
-from cppo.policy import Policy, Row, Scorer, encode_item, load
+from cppo.policy import Policy, Row, Scorer, encode_item, encode_view, load
 from cppo.policy.loading import INSTRUCTION
 from cppo.reward import Grader, Reward, default_reward
 
@@ -382,6 +382,28 @@ def test_views_are_encoded_once_a_prompt_and_for_positive_responses_only(
         assert torch.equal(again[view].pixels, one[view].pixels)
         drawn_for_good = name == "cppo_areal"
         assert torch.equal(later[view].pixels, one[view].pixels) == drawn_for_good
+
+
+def test_half_of_a_noisy_group_is_sampled_on_noised_images_until_the_noise_is_gone(
+    policy: Policy, reward: Grader
+) -> None:
+    method = build("noisy_rollout")
+    collector, _ = make_collector(policy, method, reward)
+    noise = method.rollout_view(0.0)
+    assert noise is not None
+    assert method.rollout_view(0.9) is None
+    scorer = Scorer(policy, choose("cpu"), temperature=1.0)
+    for step, noised in ((1, RESPONSES // 2), (10, 0)):
+        for group in collector.collect(step):
+            assert len(group.responses) == RESPONSES
+            unclear = encode_view(policy, group.prompt, noise, seed=0, step=step)
+            for number, response in enumerate(group.responses):
+                rows = [Row(prompt=p, response=response.ids) for p in (group.prompt, unclear)]
+                with policy.evaluating():
+                    off = (scorer(rows).logprobs - response.logprobs).abs().amax(1).tolist()
+                assert (off[0] < 1e-4) is (number < RESPONSES - noised)
+                assert (off[1] < 1e-4) is (number >= RESPONSES - noised)
+            assert all(s.prompt is group.prompt for s in collector.samples(group, step))
 
 
 def test_a_group_without_positive_responses_gets_no_views(policy: Policy, reward: Grader) -> None:

@@ -650,13 +650,16 @@ NOISE = {"gaussian_noise": {}, "colour_jitter": {}, "occlusion": {}}
 def test_a_view_keeps_the_grid_and_depends_on_its_seed_alone(policy: Policy) -> None:
     prompt = make_prompt(policy, ITEMS[1])
     view = View(name="any", perturbations=NOISE)
-    pixels = encode_view(policy, prompt, view, seed=3, step=5)
+    renamed = View(name="other", perturbations=NOISE)
+    shown = encode_view(policy, prompt, view, seed=3, step=5)
+    assert shown.ids is prompt.ids
+    assert shown.positions is prompt.positions
+    pixels = shown.pixels
     assert pixels.shape == prompt.pixels.shape
     assert not torch.equal(pixels, prompt.pixels)
-    assert torch.equal(pixels, encode_view(policy, prompt, view, seed=3, step=5))
-    assert not torch.equal(pixels, encode_view(policy, prompt, view, seed=4, step=5))
-    renamed = View(name="other", perturbations=NOISE)
-    assert not torch.equal(pixels, encode_view(policy, prompt, renamed, seed=3, step=5))
+    assert torch.equal(pixels, encode_view(policy, prompt, view, seed=3, step=5).pixels)
+    assert not torch.equal(pixels, encode_view(policy, prompt, view, seed=4, step=5).pixels)
+    assert not torch.equal(pixels, encode_view(policy, prompt, renamed, seed=3, step=5).pixels)
 
 
 def test_each_step_draws_a_view_anew_unless_it_is_drawn_for_good(policy: Policy) -> None:
@@ -664,9 +667,9 @@ def test_each_step_draws_a_view_anew_unless_it_is_drawn_for_good(policy: Policy)
     anew = View(name="any", perturbations=NOISE, draw="image")
     for_good = View(name="any", perturbations=NOISE, draw="item")
     one, other = (encode_view(policy, prompt, anew, seed=3, step=step) for step in (1, 2))
-    assert not torch.equal(one, other)
+    assert not torch.equal(one.pixels, other.pixels)
     one, other = (encode_view(policy, prompt, for_good, seed=3, step=step) for step in (1, 2))
-    assert torch.equal(one, other)
+    assert torch.equal(one.pixels, other.pixels)
 
 
 def test_a_draw_per_item_is_one_for_all_its_images(policy: Policy) -> None:
@@ -675,7 +678,7 @@ def test_a_draw_per_item_is_one_for_all_its_images(policy: Policy) -> None:
     prompt = make_prompt(policy, item)
     for draw, alike in (("item", True), ("image", False)):
         view = View(name="noise", perturbations={"gaussian_noise": {}}, draw=draw)  # type: ignore[arg-type]
-        first, second = encode_view(policy, prompt, view, seed=0, step=0).chunk(2)
+        first, second = encode_view(policy, prompt, view, seed=0, step=0).pixels.chunk(2)
         assert torch.equal(first, second) is alike
 
 
