@@ -83,9 +83,7 @@ class Updater:
         unscored = [sample for sample in samples if not (sample.idle or self.matters(sample))]
         views = self._method.views
         micro_batches = self._cut(scored or [replace(samples[0], idle=True)], views)
-        ahead: Sequence[_Ahead] = []
-        if len(micro_batches) > 1 or not all(view.gradient for view in views):
-            ahead = self._plan_ahead(micro_batches)
+        ahead = self._plan_ahead(micro_batches) if len(micro_batches) > 1 else []
         self._optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
         finite = True
@@ -93,12 +91,10 @@ class Updater:
         for number, micro_batch in enumerate(micro_batches):
             last = number + 1 == len(micro_batches)
             with contextlib.nullcontext() if last else self._processes.no_sync(self._scorer):
+                constant = ahead[number].constant if ahead else self._constant(micro_batch)
                 tokens = self._score(micro_batch, [view for view in views if view.gradient])
-                if ahead:
-                    plan = ahead[number].plan
-                    tokens = replace(tokens, views={**tokens.views, **ahead[number].constant})
-                else:
-                    plan = self._method.plan(_detached(tokens))
+                tokens = replace(tokens, views={**tokens.views, **constant})
+                plan = ahead[number].plan if ahead else self._method.plan(_detached(tokens))
                 if denominators is None:
                     plans = [a.plan for a in ahead] or [plan]
                     if unscored:  # not in every process: nothing of it is gathered
@@ -121,8 +117,10 @@ class Updater:
         own average."""
         if sample.idle:
             return False
-        everywhere = self._method.reference_kl > 0 or self._method.average_over == "micro-batch"
-        return everywhere or bool(sample.views) or not abs(sample.advantage) <= 1e-6  # NaN: broken
+        method = self._method
+        everywhere = method.reference_kl > 0 or method.average_over == "micro-batch"
+        advantaged = not abs(sample.advantage) <= 1e-6  # NaN: broken, which is to show
+        return everywhere or bool(sample.views) or (method.policy_term and advantaged)
 
     def score_without_gradient(
         self, samples: Sequence[Sample], scorer: nn.Module | None = None
@@ -175,25 +173,37 @@ class Updater:
         """
         needed = [view for view in self._method.views if view.detects or not view.gradient]
         constant = [view.name for view in needed if not view.gradient]
+        detecting = [view for view in needed if view.detects]
         with torch.no_grad():
-            scored = [self._score(batch, needed, all_seen=False) for batch in micro_batches]
+            scored = [self._score(batch, needed, seen_beside=detecting) for batch in micro_batches]
             plans = _split(self._method.plan(_joined(scored)), scored)
         return [
             _Ahead(plan=plan, constant={name: tokens.views[name] for name in constant})
             for plan, tokens in zip(plans, scored, strict=True)
         ]
 
+    def _constant(self, samples: Sequence[Sample]) -> dict[str, Scores]:
+        """Scores on the views without gradient, and on nothing else."""
+        views = [view for view in self._method.views if not view.gradient]
+        with torch.no_grad():
+            tokens = self._score(samples, views, seen_beside=())
+        return {view.name: tokens.views[view.name] for view in views}
+
     def _score(
-        self, samples: Sequence[Sample], views: Sequence[View], *, all_seen: bool = True
+        self,
+        samples: Sequence[Sample],
+        views: Sequence[View],
+        *,
+        seen_beside: Sequence[View] | None = None,
     ) -> Tokens:
-        """Scores samples on the views they have, and on their image (where not `all_seen`, only
-        those that a detecting view is scored for), in one forward pass; the rest is zero."""
+        """Scores samples on the views they have, and on their image, in one forward pass; the rest
+        is zero. On their image all, or only those that one of `seen_beside` is scored for."""
         blank = self._unscored(samples)
-        detecting = {view.name for view in views if view.detects}
+        names = None if seen_beside is None else {view.name for view in seen_beside}
         seen = {
             number: Row(prompt=sample.prompt, response=sample.ids)
             for number, sample in enumerate(samples)
-            if all_seen or detecting & sample.views.keys()
+            if names is None or names & sample.views.keys()
         }
         rows_of = {"": seen}
         for view in views:
@@ -293,7 +303,8 @@ class Updater:
         sums: dict[str, Tensor],
     ) -> Tensor:
         """This micro-batch's share of the loss; what is worth watching is added to `sums`."""
-        total = torch.zeros((), device=self._device)
+        # Whatever the terms leave out, the policy has a part in it: idle processes go back too.
+        total = 0.0 * tokens.seen.logprobs.where(tokens.mask, 0.0).sum()
         for name, term in self._method.terms(tokens, plan).items():
             average = plan.averages[name]
             divisor, share = denominators[name], 1.0

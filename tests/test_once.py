@@ -176,13 +176,13 @@ def test_a_frozen_tower_sees_no_picture_again_that_it_saw_in_the_rollout(count: 
 
 
 def test_a_blind_view_costs_no_picture_and_no_image_tokens(count: Any) -> None:
-    """It is scored before the loss, and without gradient, beside the image as it is."""
+    """It is scored before the loss, and without gradient, by itself."""
     found = count("pgpo")
     mattering = found.mattering
     assert found.update["processed"] == 0
-    assert found.update["seen"] == 2 * pictures_of(mattering)
-    assert found.update["read"] == 2 * tokens_of(mattering) + tokens_of(mattering, blind=True)
-    assert found.update["projected"] == 3 * responses_of(mattering)
+    assert found.update["seen"] == pictures_of(mattering)
+    assert found.update["read"] == tokens_of(mattering) + tokens_of(mattering, blind=True)
+    assert found.update["projected"] == 2 * responses_of(mattering)
 
 
 def test_a_constant_view_that_no_plan_reads_is_scored_alone(count: Any) -> None:
@@ -207,4 +207,5 @@ def test_several_micro_batches_cost_a_pass_more_over_what_detects_and_no_other(c
         return sum(tokens_of([sample]) for sample in samples)
 
     assert found.update["read"] == apart(mattering) + 2 * apart(positive) + 2 * apart(positive)
+    assert found.update["seen"] == len(mattering) + 4 * len(positive)
     assert found.update["processed"] == 2 * pictures_of(positive)

@@ -82,6 +82,17 @@ def test_layers_with_sliding_windows_score_as_the_plain_model(
     assert_like_plain_model(sliding, attention=attention, gradient_checkpointing=checkpointing)
 
 
+def test_attention_that_is_dropped_in_training_is_an_obstacle(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    folder = save_family("qwen2_5_vl", tmp_path, tokenizer)
+    assert load(str(folder), dtype=torch.float32, attention="sdpa").packs
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["attention_dropout"] = 0.1
+    (folder / "config.json").write_text(json.dumps(config))
+    assert not load(str(folder), dtype=torch.float32, attention="sdpa").packs
+
+
 def test_the_reason_for_padding_is_logged(sliding: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="cppo"):
         policy = load(str(sliding), dtype=torch.float32, attention="sdpa")

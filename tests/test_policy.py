@@ -300,6 +300,26 @@ def test_a_vision_tower_that_is_not_trained_sees_each_picture_once_while_it_is_h
     assert not len(frozen.features)  # and no longer than that
 
 
+def test_a_frozen_tower_under_checkpointed_adapters_can_be_gone_back_through_twice(
+    folder: Path, backend: Backend
+) -> None:
+    policy = load(
+        str(folder),
+        dtype=torch.float32,
+        attention="sdpa",
+        freeze_vision=True,
+        gradient_checkpointing=True,
+        lora=LORA,
+    )
+    rows, scorer = make_rows(policy), Scorer(policy, backend, temperature=1.0)
+    for _ in range(2):
+        scorer(rows).logprobs.sum().backward()
+    assert policy.features
+    assert not any(features.requires_grad for features in policy.features.values())
+    gradients = [p.grad for p in policy.model.parameters() if p.requires_grad]
+    assert any(gradient is not None and gradient.any() for gradient in gradients)
+
+
 def test_pixels_move_the_scores(policy: Policy, backend: Backend) -> None:
     row = make_rows(policy)[0]
     unseen = replace(row.prompt, pixels=torch.zeros_like(row.prompt.pixels))

@@ -32,6 +32,7 @@ from cppo.device import choose
 from cppo.policy import Policy, Prompt, Row, Scorer, encode_item, load
 from cppo.rollout import Response, Sampling, generate
 from cppo.rollout.cache import ROOM, GroupCache
+from cppo.rollout.decoding import InGroups
 from cppo.rollout.transformers import _nucleus
 
 
@@ -188,6 +189,20 @@ def ask(
     )
     cache.attend(query, key, value, layer=0, scale=0.3, kernel=scaled_dot_product_attention)
     return key, value
+
+
+def test_wide_weights_in_narrow_precision_hold_narrow_keys(folder: Path) -> None:
+    """As training has them: float32 weights, computing in bfloat16."""
+    policy = load(str(folder), dtype=torch.float32, precision=torch.bfloat16, attention="sdpa")
+    if not policy.packs:
+        pytest.skip("transformers' own cache holds the keys of models that cannot attend in groups")
+    decoding = InGroups(policy, make_prompts(policy), 2)
+    with policy.evaluating():
+        states = decoding.begin()
+        decoding.advance(torch.ones(len(states), dtype=torch.long))
+    for held in decoding._cache._layers.values():
+        for tensor in (held.prompt_keys, held.prompt_values, held.keys, held.values):
+            assert tensor.dtype == torch.bfloat16
 
 
 # --- what is sampled ---------------------------------------------------------------------------

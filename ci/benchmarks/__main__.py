@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+import floor
 import step
 import token_statistics
 import torch
@@ -22,7 +23,7 @@ from cppo.console import Console
 from cppo.device import resolve
 from cppo.doctor.environment import describe
 
-SECTIONS = ("update", "step", "statistics", "growth", "scale")
+SECTIONS = ("update", "floor", "step", "statistics", "growth", "scale")
 
 
 def main() -> None:
@@ -51,6 +52,8 @@ def main() -> None:
         console.say(f"measuring: {section}")
         if section == "update":
             new = update.measure(backend, given.repeats)
+        elif section == "floor":
+            new = floor.measure(backend, given.repeats)
         elif section == "growth":
             new = update.grow(backend, given.repeats)
         elif section == "scale":

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from cppo.device import Backend
 
@@ -81,8 +81,19 @@ def _starts(what: str, name: str, run: Callable[[], object]) -> bool:
 
 
 def count_operations(run: Callable[[], object]) -> int:
-    """Floating-point operations of all matrix products and attentions in a run."""
-    with FlopCounterMode(display=False) as counter:
+    """Floating-point operations of all matrix products and attentions in a run; of causal
+    attention, all that a whole square would take."""
+    aten = torch.ops.aten
+    others = {  # that PyTorch's counter does not know
+        aten.addmm_: lambda added, a, b, out_shape=None, **_: 2 * a[0] * a[1] * b[1],
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+            q, k, v
+        ),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
+            sdpa_backward_flop_count(grad, q, k, v)
+        ),
+    }
+    with FlopCounterMode(display=False, custom_mapping=others) as counter:
         run()
     return counter.get_total_flops()
 

@@ -1,7 +1,7 @@
 """A whole step, rollout included, of `cppo train` and TRL's trainer: time, and what passes through.
 
 Both sample with transformers in the same process, from the same weights, on the same pictures, in
-float32 with SDPA; ours all steps first, then TRL's.
+float32 with SDPA; a step of theirs, a step of ours, and so on.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from measure import Row
+from measure import Row, synchronize
 from PIL import Image
 from subjects import SMALL, make_model
 
@@ -59,8 +59,23 @@ def _one(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         tokenizer, images = _prepare(folder, repeats, side, prompts)
-        ours, mine = _ours(name, folder, repeats, response, prompts)
-        theirs, other = _trls(backend, folder, tokenizer, images, repeats, response, prompts)
+        trainer = _ours(name, folder, repeats, response, prompts)
+        ours: list[float] = []
+
+        def step_of_ours() -> None:
+            started = time.perf_counter()
+            trainer._train_step(len(ours) + 1)
+            synchronize()
+            ours.append(time.perf_counter() - started)
+
+        try:
+            with _counting(trainer.policy.model) as mine:
+                theirs, other = _trls(
+                    backend, folder, tokenizer, images, repeats, response, prompts, step_of_ours
+                )
+        finally:
+            trainer.close()
+    ours, theirs = ours[1:], theirs[1:]  # the first warms up
     what = f"whole step, {prompts} x {side**2} image tokens, {RESPONSES} x up to {response} each"
     rows = [
         Row(
@@ -136,9 +151,7 @@ def _prepare(folder: Path, repeats: int, side: int, prompts: int) -> tuple[Any, 
     return tokenizer, images
 
 
-def _ours(
-    name: str, folder: Path, repeats: int, response: int, prompts: int
-) -> tuple[list[float], Counter[str]]:
+def _ours(name: str, folder: Path, repeats: int, response: int, prompts: int) -> Trainer:
     config = TrainConfig(
         method="cppo",
         model=str(folder / "model"),
@@ -149,23 +162,14 @@ def _ours(
         precision="float32",
         attention="sdpa",
         checkpoint_every=0,
+        samples_every=0,
         policy=PolicyConfig(max_prompt_tokens=4096),
         dataset=DataConfig(instruction=""),  # the peer appends none
         optimizer=OptimizerConfig(tokens_per_micro_batch=1_000_000),
         rollout=RolloutConfig(prompts=prompts, responses=RESPONSES, max_new_tokens=response),
         evaluation=EvaluationConfig(items=1, k=1, every=0, items_during=1),
     )
-    trainer = Trainer(config, folder / "run")
-    try:
-        with _counting(trainer.policy.model) as counts:
-            seconds = []
-            for step in range(1, repeats + 2):
-                started = time.perf_counter()
-                trainer._train_step(step)
-                seconds.append(time.perf_counter() - started)
-    finally:
-        trainer.close()
-    return seconds[1:], counts
+    return Trainer(config, folder / "run")
 
 
 def _trls(
@@ -176,7 +180,9 @@ def _trls(
     repeats: int,
     response: int,
     prompts: int,
+    between: Callable[[], None],
 ) -> tuple[list[float], Counter[str]]:
+    """Seconds of its steps; `between` is called after each."""
     from datasets import Dataset
     from transformers import (
         AutoModelForImageTextToText,
@@ -196,13 +202,15 @@ def _trls(
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.times: list[float] = []
+            self.started, self.seconds = 0.0, []
 
         def on_step_begin(self, *given: Any, **named: Any) -> None:
-            self.times.append(time.perf_counter())
+            self.started = time.perf_counter()
 
-        def on_train_end(self, *given: Any, **named: Any) -> None:
-            self.times.append(time.perf_counter())
+        def on_step_end(self, *given: Any, **named: Any) -> None:
+            synchronize()
+            self.seconds.append(time.perf_counter() - self.started)
+            between()
 
     model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32)
     QwenVL.prepare(model)
@@ -242,5 +250,4 @@ def _trls(
     )
     with _counting(model) as counts:
         trainer.train()
-    seconds = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]
-    return seconds[1:], counts
+    return clock.seconds, counts

@@ -74,7 +74,11 @@ def measure(
         "TRL's chunked": trls,
         "whole logits": materialised,
     }
-    if backend.device != "cpu" and find_spec("liger_kernel"):  # needs Triton: pip install --no-deps
+    if backend.device == "cpu":
+        print("NOT RUN: Liger's fused loss: its kernels are in Triton, which needs a GPU")
+    elif find_spec("liger_kernel") is None:
+        print("NOT RUN: Liger's fused loss: liger-kernel is not installed")
+    else:
         kernels["Liger's fused"] = ligers
     what = f"token statistics, T {tokens}, V {vocabulary}, D {hidden}, {str(dtype)[6:]}"
     on_cpu = backend.device == "cpu"

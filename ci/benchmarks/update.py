@@ -6,7 +6,7 @@ import gc
 from collections.abc import Sequence
 
 import torch
-from measure import Row, compare, count_operations, extra_bytes, peak_operations
+from measure import Row, compare, extra_bytes
 from subjects import SMALL, Naive, Ours, Size, Trl, make_batch
 
 from cppo.device import Backend
@@ -17,17 +17,27 @@ NAIVE_TARGETS = (0.25, 0.3, 0.35)
 RAGGED = (128, 16, 64, 96, 32, 112, 48, 80)
 
 
+def shapes() -> list[tuple[str, Sequence[int], Sequence[int]]]:
+    """Sizes that targets are stated for, responses of unequal lengths, and several groups of
+    unequal prompts: image tokens of each prompt, and lengths of each group's responses."""
+    ragged = f"8 x {min(RAGGED)} to {max(RAGGED)}"
+    return [
+        *(
+            (f"{image + 33} + 8 x {tokens} tokens", (image,), (tokens,) * 8)
+            for image, tokens in SHAPES
+        ),
+        (f"289 + {ragged} tokens", (256,), RAGGED),
+        (f"97, 177 and 289 + {ragged} tokens each", (64, 144, 256), RAGGED),
+    ]
+
+
 def measure(backend: Backend, repeats: int) -> list[Row]:
-    """At the sizes that targets are stated for, with responses of unequal lengths, and with several
-    groups of unequal prompts."""
     rows = []
-    for (image, response), trl, naive in zip(SHAPES, TRL_TARGETS, NAIVE_TARGETS, strict=True):
-        what = f"update, {image + 33} + 8 x {response} tokens"
-        rows += one(backend, what, (image,), (response,) * 8, repeats, trl=trl, naive=naive)
-    what = f"update, 289 + 8 x {min(RAGGED)} to {max(RAGGED)} tokens"
-    rows += one(backend, what, (256,), RAGGED, repeats)
-    what = f"update, 97, 177 and 289 + 8 x {min(RAGGED)} to {max(RAGGED)} tokens each"
-    return rows + one(backend, what, (64, 144, 256), RAGGED, repeats)
+    targets = [*zip(TRL_TARGETS, NAIVE_TARGETS, strict=True), (None, None), (None, None)]
+    for (shape, images, responses), (trl, naive) in zip(shapes(), targets, strict=True):
+        what = f"update, {shape}"
+        rows += one(backend, what, images, responses, repeats, trl=trl, naive=naive)
+    return rows
 
 
 def one(
@@ -63,36 +73,9 @@ def one(
         repeats=repeats,
         targets={} if naive is None else {"cppo, three views": naive},
     )
-    rows += _spent(backend, what, ours, peer, rows[0])
     del ours, bare, peer, plain
     gc.collect()
     return rows
-
-
-def _spent(backend: Backend, what: str, ours: Ours, peer: Trl, timed: Row) -> list[Row]:
-    """Operations against the peer's, and time against what our operations take at least."""
-    mine, theirs = count_operations(ours.update), count_operations(peer.update)
-    peak = peak_operations(backend, ours.dtype)
-    return [
-        Row(
-            what=f"{what}: operations",
-            subject=timed.subject,
-            peer=timed.peer,
-            ratios=[mine / theirs],
-            subject_values=[mine / 1e9],
-            peer_values=[theirs / 1e9],
-            unit="GFLOP",
-        ),
-        Row(
-            what=f"{what}: time",
-            subject=timed.subject,
-            peer=f"its operations at {peak / 1e9:.0f} GFLOP/s",
-            ratios=[seconds / (mine / peak) for seconds in timed.subject_values],
-            subject_values=timed.subject_values,
-            peer_values=[mine / peak] * len(timed.subject_values),
-            unit="s",
-        ),
-    ]
 
 
 def grow(backend: Backend, repeats: int) -> list[Row]:

@@ -63,6 +63,11 @@ class GRPO:
         require_choice("average_over", self.average_over, Scope)
 
     @property
+    def policy_term(self) -> bool:
+        """Whether advantages are in the loss."""
+        return True
+
+    @property
     def views(self) -> tuple[View, ...]:
         """The views of the images, beside the images themselves, to score responses on."""
         return ()

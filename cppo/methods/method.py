@@ -43,6 +43,10 @@ class View:
     nonzero_only: bool = False
     full_divergence: bool = False
 
+    def __post_init__(self) -> None:
+        # A constant view is scored by itself, and has nothing to be held against.
+        assert self.gradient or not self.full_divergence
+
     def needed(self, advantages_B: Tensor) -> Tensor:
         """The responses this view is scored for, (B,) bool."""
         if self.positive_only:

@@ -33,6 +33,8 @@ def obstacle(family: Family | type[Family], language: Any) -> str:
     kinds = set(getattr(language, "layer_types", None) or ["full_attention"])
     if others := kinds - {"full_attention"}:
         return f"it has layers of {', '.join(sorted(others))}"
+    if getattr(language, "attention_dropout", 0):
+        return f"it drops {language.attention_dropout} of its attention in training"
     if language.model_type not in PROVEN:
         return (
             f"attention in groups is not proven for language models of type {language.model_type}"

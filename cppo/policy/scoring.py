@@ -103,11 +103,13 @@ def encode_images(policy: Policy, prompts: Sequence[Prompt]) -> Tensor | None:
         known = policy.features
     fresh = {id(p.pixels): p for p in prompts if p.pixels not in known}
     if fresh:
-        encoded = policy.family.encode(
-            policy.base,
-            torch.cat([prompt.pixels for prompt in fresh.values()]).to(policy.device),
-            torch.cat([prompt.grids for prompt in fresh.values()]).to(policy.device),
-        )
+        # Checkpointing adapters makes the tower's inputs differentiable, whether it learns or not.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and policy.learns_to_see):
+            encoded = policy.family.encode(
+                policy.base,
+                torch.cat([prompt.pixels for prompt in fresh.values()]).to(policy.device),
+                torch.cat([prompt.grids for prompt in fresh.values()]).to(policy.device),
+            )
         start = 0
         for prompt in fresh.values():
             images = encoded[start : start + len(prompt.grids)]

@@ -1,7 +1,7 @@
 """Keys and values while responses are sampled: a prompt's once for its group, a response's its own.
 
-Neither is ever copied from step to step, and no prompt is repeated for its responses: a token of a
-group's responses attends to their prompt as one more row of queries.
+No prompt is repeated for its responses: a token of theirs attends to it as one more row of queries.
+Nothing is copied from token to token, but where responses end or their room is used up.
 
 Shapes: P prompts, S responses, L of the longest prompt, t tokens sampled so far; H query heads, h
 key and value heads (H is a multiple of h), D of a head.
@@ -85,9 +85,11 @@ class GroupCache:
             self._prompts.pad(tensor[0].transpose(0, 1)).transpose(1, 2)
             for tensor in (query, key, value)
         )
-        empty = keys.new_empty(len(self._group), keys.shape[1], ROOM, keys.shape[3])
+        # Rotations leave keys wide under autocast; products would make them narrow each time.
+        narrow = values.dtype
+        empty = values.new_empty(len(self._group), values.shape[1], ROOM, values.shape[3])
         self._layers[layer] = _Held(
-            prompt_keys=keys.contiguous(),
+            prompt_keys=keys.to(narrow).contiguous(),
             prompt_values=values.contiguous(),
             keys=empty,
             values=torch.empty_like(empty),
@@ -108,12 +110,12 @@ class GroupCache:
             )
         held.keys[:, :, now - 1], held.values[:, :, now - 1] = key[:, :, 0], value[:, :, 0]
         keys, values = held.keys[:, :, :now], held.values[:, :, :now]
-        queries = (query * scale).view(len(query), key.shape[1], -1, query.shape[3])
+        queries = (query * scale).to(keys.dtype).view(len(query), key.shape[1], -1, query.shape[3])
         to_own = queries @ keys.transpose(2, 3)  # (S, h, H / h, t)
         to_prompt = self._by_response(self._by_prompt(queries) @ held.prompt_keys.transpose(2, 3))
         weights = torch.cat([to_prompt, to_own], dim=3).softmax(3, dtype=torch.float32)
         longest = to_prompt.shape[3]
-        weights = weights.to(query.dtype)
+        weights = weights.to(values.dtype)
         on_prompt, on_own = weights[..., :longest], weights[..., longest:]
         attended: Tensor = on_own @ values + self._by_response(
             self._by_prompt(on_prompt) @ held.prompt_values, scores=False

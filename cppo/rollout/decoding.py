@@ -35,6 +35,7 @@ class Decoder(Protocol):
 
 
 def decoder(policy: Policy, prompts: Sequence[Prompt], responses: int) -> Decoder:
+    assert not any(prompt.blind for prompt in prompts), "blind prompts are only scored"
     return (InGroups if policy.packs else InRows)(policy, prompts, responses)
 
 

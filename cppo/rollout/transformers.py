@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from cppo.policy.loading import Policy
 from cppo.policy.prompts import Prompt
@@ -66,7 +67,7 @@ def _sample(
     finished = torch.zeros(count, dtype=torch.bool, device=device)
 
     for step in range(sampling.max_new_tokens):
-        logits = (hidden @ policy.head.T).float()
+        logits = linear(hidden, policy.head).float()
         token, logprob = _draw(logits, forbidden, sampling, generator)
         ids[alive, step], logprobs[alive, step] = token, logprob
         going = ~torch.isin(token, ends)
