@@ -1,9 +1,9 @@
 """Scoring: log-probability and entropy of response tokens, on any view of the images.
 
 Rows are packed, so that a prompt runs once for its responses, or padded where the model cannot
-attend so. Either way each distinct picture passes through the vision tower once a call.
+attend so. Either way each distinct picture passes through the vision tower once a call at most.
 
-Shapes: R rows, T response tokens (right-padded), F image tokens of all rows.
+Shapes: R rows, T response tokens (right-padded), F image tokens of all prompts that are shown.
 """
 
 from __future__ import annotations
