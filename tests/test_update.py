@@ -236,6 +236,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "cppo by sequence": ("cppo", {"weight": 1.0, "aggregation": "sequence-mean"}),
     "cppo alone": ("cppo", {"weight": 1.0, "policy_term": False, "removing_views": 2}),
     "cppo in full": ("cppo", {"weight": 1.0, "divergence": "full", "score": "divergence"}),
+    "cppo without its gate": ("cppo", {"weight": 1.0, "gate": False}),
     "cppo in part": ("cppo", {"weight": 1.0, "stop_gradient": ["removed"]}),
 }
 TOYS = {"toy": Blind(), "toy that learns blind": Blind(learns_blind=True)}
