@@ -54,11 +54,12 @@ def _accuracies(figure: Any, summary: Summary) -> None:
         axes.annotate(
             f"{value:.1f}",
             (value, row),
-            (0, 5),
+            (4, 4),
             textcoords="offset points",
-            ha="center",
             fontsize=8,
         )
+        if variant.name == summary.baseline:
+            _line(axes, value, variant.name)
     axes.set_xlabel(f"avg@{summary.measure['k']} on held-out items, %")
 
 

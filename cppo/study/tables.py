@@ -10,6 +10,7 @@ from cppo.study.statistics import Difference, Mean
 from cppo.study.summary import Summary, Variant
 
 LEVEL = 0.05
+PHASES = ("rollout", "views", "update")
 Row = tuple[str, ...]
 
 
@@ -57,8 +58,8 @@ def introduction(summary: Summary) -> list[str]:
         "same seed takes prompts in the same order, and all runs are measured on the same items, "
         "views and random numbers. p-values are two-sided, of a t-test on these differences; "
         "Holm's method adjusts them for the number of variants. Seeds vary the order of the data "
-        "and the sampling, and not the warm start: all runs begin with the same policy, so that no "
-        "interval tells how another one would fare.",
+        "and the sampling, and not the warm start: all runs begin with the same policy (start), so "
+        "that no interval tells how another one would fare.",
     ]
     if any(len(variant.seeds) < 2 for variant in summary.variants):
         paragraphs.append("A single seed has no interval: none is shown with it.")
@@ -123,10 +124,10 @@ def _views(summary: Summary) -> Table:
         rows=rows,
         notes=[
             "avg@k on the same items, whose pictures are shown under CPPO's published preserving "
-            "views (robust: as high as on the pictures as they are), under its removing views, "
-            "which leave a part of most pictures, and black all over. The best guess at an answer "
-            f"without its picture is right in {100 * summary.chance:.1f} % of the cases: a policy "
-            "that relies on the picture falls to that, or below, once it is black."
+            "views (robust: as high as on the pictures as they are), under its removing views, and "
+            "black all over. The best guess at an answer without its picture is right in "
+            f"{100 * summary.chance:.1f} % of the cases: a policy that relies on the picture falls "
+            "to that, or below, once the picture is gone."
         ],
         plots={"views.svg": "accuracy on views of the pictures, with the chance of guessing"},
     )
@@ -167,18 +168,20 @@ def _cost(summary: Summary) -> Table:
             return ""
         return f"{variant.means[quantity].value / base.means[quantity].value:.2f}"
 
-    seconds = ("rollout_seconds", "views_seconds", "update_seconds")
     multiples = ("step_seconds", "update_tokens", "update_pictures", "rollout_tokens")
-    rows = [
-        (
-            variant.name,
-            " + ".join(f"{variant.means[name].value:.2f}" for name in seconds),
-            *(multiple(variant, name) for name in multiples),
-            f"{variant.means['rollout_pictures'].value:.1f}",
-            f"{variant.means['peak_memory_gib'].value:.2f}",
+    rows = []
+    for variant in summary.variants:
+        seconds = {phase: variant.means[f"{phase}_seconds"].value for phase in PHASES}
+        rows.append(
+            (
+                variant.name,
+                f"{seconds['rollout']:.2f}",
+                f"{seconds['views'] + seconds['update']:.2f}",
+                *(multiple(variant, name) for name in multiples),
+                f"{variant.means['rollout_pictures'].value:.1f}",
+                f"{variant.means['peak_memory_gib'].value:.2f}",
+            )
         )
-        for variant in summary.variants
-    ]
     notes = [
         f"Means over steps and seeds; x: times what a step of {summary.baseline} takes. Counted "
         "are tokens that pass the language model and pictures that pass the vision tower, in the "
@@ -195,8 +198,8 @@ def _cost(summary: Summary) -> Table:
     return Table(
         title="Cost of a step",
         header=(
-            *("variant", "seconds: rollout + views + update", "seconds, x", "update: tokens, x"),
-            *("pictures, x", "rollout: tokens, x", "prompts sampled", "GiB"),
+            *("variant", "rollout, s", "update, s", "both, x", "update tokens, x"),
+            *("update pictures, x", "rollout tokens, x", "prompts", "GiB"),
         ),
         rows=rows,
         notes=notes,
