@@ -7,7 +7,7 @@ if [ ! -x .venv/bin/python ]; then
 fi
 # EXTRAS: what a script needs of pyproject's extras; what other scripts have installed stays.
 held=$(sed -n "s/^$wanted //p" .venv/installed-from 2>/dev/null || true)
-extras=$(echo "$held,${EXTRAS:-train,test}" | tr , '\n' | sed '/^$/d' | sort -u | paste -sd, -)
+extras=$(echo "$held,${EXTRAS:-train,study,test}" | tr , '\n' | sed '/^$/d' | sort -u | paste -sd, -)
 if [ "$held" != "$extras" ]; then
   echo "installing into .venv (a minute or two)"
   # PyTorch first and by its exact version: a build without CUDA is a tenth of the size.

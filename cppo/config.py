@@ -247,6 +247,52 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeasureConfig:
+    """What a study measures, and on how much: the same in all of its runs.
+
+    Args:
+        every: Steps between points of the learning curves.
+        curve_items: Held-out items at each point.
+        puzzles: Reference solutions at each point that the detector is measured on.
+        items: Held-out items at the end: as they are, and on each view.
+        k: Responses for each item.
+    """
+
+    every: int = 10
+    curve_items: int = 64
+    puzzles: int = 64
+    items: int = 256
+    k: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """Variants of a run, compared over seeds on the built-in task.
+
+    Args:
+        variants: Name -> settings of `cppo train` in which it differs from the base. The others are
+            compared with the first.
+        base: Settings of `cppo train` for all runs.
+        seeds: Each variant runs once with each.
+        output: Folder of the study. What is done there is not done again.
+        jobs: Runs side by side.
+        threads: CPU threads of each run.
+        timeout_minutes: Longest that one run may take.
+        keep: Keep each run's own folder, with its model and checkpoint.
+    """
+
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    base: dict[str, Any] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
+    output: str = "runs/study"
+    jobs: int = 2
+    threads: int = 1
+    timeout_minutes: float = 60.0
+    keep: bool = False
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PerturbConfig:
     """A contact sheet.
 
@@ -293,7 +339,7 @@ BUILTIN: Mapping[str, Any] = {
 }
 
 
-def check(config: TrainConfig | EvalConfig | PerturbConfig | DoctorConfig) -> None:
+def check(config: TrainConfig | EvalConfig | StudyConfig | PerturbConfig | DoctorConfig) -> None:
     """Raises ValueError for values that contradict each other or make no sense."""
     for name, given in _flat(config):
         minimum = MINIMA.get(name.removeprefix("rollout."))
@@ -347,6 +393,13 @@ MINIMA: Mapping[str, float] = {
     "evaluation.every": 0,
     "evaluation.k": 1,
     "evaluation.temperature": 0,
+    "jobs": 1,
+    "threads": 1,
+    "measure.every": 1,
+    "measure.curve_items": 1,
+    "measure.puzzles": 1,
+    "measure.items": 1,
+    "measure.k": 1,
 }
 POSITIVE = frozenset(
     {

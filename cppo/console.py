@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -55,8 +56,11 @@ class Console:
         self.rich.print(text, soft_wrap=True)  # a command or a path stays whole, to be copied
 
     @contextmanager
-    def progress(self, what: str, total: int) -> Iterator[Callable[[int, str], None]]:
-        """A bar; the function that it gives takes what is done so far and a note."""
+    def progress(
+        self, what: str, total: int, *, window_seconds: float = 30.0
+    ) -> Iterator[Callable[[float, str], None]]:
+        """A bar; the function that it gives takes what is done so far and a note. The time left is
+        told by the speed within the window."""
         columns = (
             TextColumn(f"{what:<12}"),
             BarColumn(bar_width=24),
@@ -66,10 +70,15 @@ class Console:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        with Progress(*columns, console=self.rich, refresh_per_second=2) as bar:
+        with Progress(
+            *columns,
+            console=self.rich,
+            refresh_per_second=2,
+            speed_estimate_period=window_seconds,
+        ) as bar:
             task = bar.add_task(what, total=total, note="")
 
-            def show(done: int, note: str = "") -> None:
+            def show(done: float, note: str = "") -> None:
                 bar.update(task, completed=done, note=note)
 
             yield show
@@ -97,3 +106,12 @@ def points(difference: Estimate) -> str:
     """A difference of shares, in percentage points."""
     value, low, high = (100 * v for v in (difference.value, difference.low, difference.high))
     return f"{value:+.1f} points  [{low:+.1f}, {high:+.1f}]"
+
+
+def set_up_logging() -> None:
+    """Our own log lines as plain text; libraries speak up only where something is wrong."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("cppo").setLevel(logging.INFO)

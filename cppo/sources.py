@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -56,11 +57,7 @@ def open_policy(
     lost in 16 bits; all others, beneath LoRA adapters too, are kept in the precision itself.
     """
     if model == "builtin":
-        folder = builtin.entry(difficulty)
-        if not folder.exists():
-            with console.progress("warm start", builtin.WarmStart().steps) as show:
-                builtin.ensure(difficulty, progress=lambda done: show(done, ""))
-        model = str(folder)
+        model = str(warm_start(difficulty, console))
     limits = {"min_pixels": settings.min_pixels, "max_pixels": settings.max_pixels}
     lora: dict[str, Any] | None = None
     if settings.lora_rank:
@@ -80,3 +77,12 @@ def open_policy(
         gradient_checkpointing=settings.gradient_checkpointing,
         lora=lora,
     )
+
+
+def warm_start(difficulty: int, console: Console) -> Path:
+    """The folder of the built-in policy, which is trained on first use."""
+    folder = builtin.entry(difficulty)
+    if not folder.exists():
+        with console.progress("warm start", builtin.WarmStart().steps) as show:
+            builtin.ensure(difficulty, progress=lambda done: show(done, ""))
+    return folder

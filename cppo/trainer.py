@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,19 @@ class Diverged(RuntimeError):  # noqa: N818 - named for what happened
 
 
 class Trainer:
-    """One run, from its settings to its summary."""
+    """One run, from its settings to its summary. `after_step` is told each step's metrics."""
 
-    def __init__(self, config: TrainConfig, folder: Path, *, resume: bool = False) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        *,
+        resume: bool = False,
+        after_step: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None,
+    ) -> None:
         check(config)
         self.config = config
+        self._tell = after_step
         self.method = build(config.method, config.method_options)
         if config.deterministic:
             torch.use_deterministic_algorithms(True)  # before the backend prepares its device
@@ -167,6 +175,7 @@ class Trainer:
                     self.step += 1
                     self.feed_state = self.feed.state()
                     self.folder.log_metrics(self.step, metrics)
+                    self._tell(self.step, metrics)
                     show(
                         self.step,
                         f"accuracy {metrics['accuracy']:.2f}  reward {metrics['reward']:.2f}",

@@ -21,7 +21,7 @@ from cppo.device import choose
 from cppo.policy import Policy, load
 
 BACKEND = "CPPO_TEST_BACKEND"  # for what runs in processes of its own, too
-SLOWEST = ("test_simulated.py", "test_trainer.py", "test_doctor.py")
+SLOWEST = ("test_simulated.py", "test_trainer.py", "test_study.py", "test_doctor.py")
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

@@ -23,7 +23,9 @@ from cppo.config import (
     SHARES,
     DoctorConfig,
     EvalConfig,
+    MeasureConfig,
     PerturbConfig,
+    StudyConfig,
     TrainConfig,
 )
 from cppo.methods import METHODS
@@ -31,6 +33,7 @@ from cppo.methods import METHODS
 COMMAND_CONFIGS = {
     "train": TrainConfig,
     "eval": EvalConfig,
+    "study": StudyConfig,
     "perturb": PerturbConfig,
     "doctor": DoctorConfig,
 }
@@ -140,13 +143,14 @@ def test_a_commands_help_lists_its_options_with_what_they_mean(
     for name, kind, field in options(COMMAND_CONFIGS[command]):
         option = name if (command, name) == ("perturb", "image") else f"--{name}"
         meaning = "Path of the image." if name == "image" else described(kind)[field]
-        assert re.search(rf"{option}( \S+)? {re.escape(meaning)}", printed), name
+        form = rf"{option}( \S+)?(, {option}\+ \S+)?"  # a list has a second one
+        assert re.search(rf"{form} {re.escape(meaning)}", printed), name
 
 
 def test_help_needs_no_torch_for_any_command() -> None:
     script = (
         "import sys; from cppo.cli import COMMANDS, main\n"
-        "for command in ('train', 'eval', 'perturb'): main([command, '--help'])\n"
+        "for command in ('train', 'eval', 'study', 'perturb'): main([command, '--help'])\n"
         "print('torch' in sys.modules)"
     )
     done = subprocess.run(
@@ -193,6 +197,7 @@ def test_the_version_is_the_distributions() -> None:
         (["train", "--rollout.promts=4"], "rollout.promts", "rollout.prompts"),
         (["train", "--learning_rate", "1e-4"], "learning_rate", "optimizer.learning_rate"),
         (["eval", "--counts", "4"], "counts", "count"),
+        (["study", "--thread", "2"], "thread", "threads"),
         (["perturb", "a.png", "--draw", "4"], "draw", "draws"),
         (["train", "--method", "cpo", "--print-config"], "cpo", "cppo"),
         (["train", "--method_options.wieght", "1", "--print-config"], "wieght", "weight"),
@@ -453,6 +458,13 @@ def test_the_instruction_is_left_to_the_model_unless_one_is_given(command: str) 
         ("eval", "max_new_tokens", "0", "at least 1"),
         ("eval", "batch_responses", "0", "at least 1"),
         ("eval", "split", "test", "one of eval, train"),
+        ("study", "jobs", "0", "at least 1"),
+        ("study", "threads", "0", "at least 1"),
+        ("study", "timeout_minutes", "0", "above 0"),
+        *(
+            ("study", f"measure.{field.name}", "0", "at least 1")
+            for field in dataclasses.fields(MeasureConfig)
+        ),
         ("perturb", "draws", "0", "at least 1"),
     ],
 )

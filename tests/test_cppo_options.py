@@ -159,6 +159,34 @@ def test_several_removing_views_are_averaged() -> None:
     check(total(three, thrice), total(one, tokens))
 
 
+def test_without_the_gate_all_responses_are_contrasted() -> None:
+    # The same response four times, half of whose entropies rise: one token of it is kept.
+    tokens = seen_and_removed()
+
+    def alike(scores: Scores) -> Scores:
+        logprobs, entropy = (v[:1].expand(4, 4) for v in (scores.logprobs, scores.entropy))
+        return Scores(logprobs=logprobs, entropy=entropy)
+
+    tokens = replace(
+        tokens,
+        mask=tokens.mask[:1].expand(4, 4),
+        advantages=torch.tensor([1.0, -1.0, 0.0, 1e-9], dtype=torch.float64),
+        old_logprobs=tokens.old_logprobs[:1].expand(4, 4),
+        seen=alike(tokens.seen),
+        views={name: alike(view) for name, view in tokens.views.items()},
+    )
+    gated, free = cppo(), cppo(gate=False)
+    [kept, *others] = perception(gated, tokens)
+    assert sum(kept) == 1
+    assert others == [[False] * 4] * 3
+    assert perception(free, tokens) == [kept] * 4
+    assert [view.needed(tokens.advantages).tolist() for view in gated.views] == [
+        [True, False, False, False]
+    ] * 2
+    assert all(view.needed(tokens.advantages).all() for view in free.views)
+    check(total(free, tokens), total(gated, tokens))  # an average over what is alike
+
+
 # --- what the contrast is of, and whom it moves ---------------------------------------------------
 
 
@@ -227,6 +255,7 @@ def test_the_policy_term_still_moves_the_image_where_the_contrast_does_not() -> 
         {"keep": "share_of_rise"},
         {"score": "divergence"},
         {"removing_views": 3},
+        {"gate": False},
         {"policy_term": False},
         {"policy_term": False, "reference_kl": 0.1},
     ],
@@ -285,6 +314,7 @@ def test_a_divergence_of_the_sampled_token_is_what_the_contrast_is_made_of() -> 
         ({"threshold": -0.1}, "threshold"),
         ({"score": "entropy"}, "score"),
         ({"weight_schedule": "step"}, "weight_schedule"),
+        ({"gate": "off"}, "gate"),
         ({"removing_views": 0}, "removing_views"),
         ({"removing_views": 1.5}, "removing_views"),
         ({"weight": 0.0, "policy_term": False}, "weight"),

@@ -240,6 +240,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "cppo",
         {"weight": 1.0, "policy_term": False, "stop_gradient": ["image"]},
     ),
+    "cppo without its gate": ("cppo", {"weight": 1.0, "gate": False}),
     "cppo in part": ("cppo", {"weight": 1.0, "stop_gradient": ["removed"]}),
 }
 TOYS = {"toy": Blind(), "toy that learns blind": Blind(learns_blind=True)}

@@ -25,6 +25,7 @@ class Questions:
 
     def __init__(self, source: Source, encoder: Encoder, ledger: SkipLedger, *, count: int) -> None:
         self._source, self._encoder = source, encoder
+        self._show: Callable[[Prompt], Prompt] = lambda prompt: prompt
         self._indices: list[int] = []
         for index, item in usable(source, ledger, check=encoder.check):
             encoder.take([item])
@@ -41,13 +42,19 @@ class Questions:
         part._indices = [self._indices[place] for place in places]
         return part
 
+    def shown(self, show: Callable[[Prompt], Prompt]) -> Questions:
+        """The same questions, each prompt as `show` makes it: on another view of its images."""
+        shown = copy(self)
+        shown._show = show
+        return shown
+
     def batches(self, size: int) -> Iterator[list[Prompt]]:
         """Encoded, `size` at a time."""
         for start in range(0, len(self), size):
             items = [self._source.read(index) for index in self._indices[start : start + size]]
             for item in items:
                 self._encoder.check(item)
-            yield self._encoder.take(items)
+            yield [self._show(prompt) for prompt in self._encoder.take(items)]
 
 
 @dataclass(frozen=True, kw_only=True)

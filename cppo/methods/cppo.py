@@ -68,6 +68,8 @@ class CPPO(GRPO):
         keep, fraction, threshold: Which of the candidates are perception tokens, see
             `cppo.detector.select_tokens`; as published, the `fraction` of them that score best.
         count, ties: See `cppo.detector.select_tokens`.
+        gate: Only responses with a positive advantage are contrasted, as published; without it
+            all are (ours).
         score: "relative" or "absolute": candidates are the tokens whose entropy rises, ranked by
             that rise, see `cppo.detector.rise`. "divergence": candidates are the tokens whose
             divergence of the image from the removed view is positive, ranked by it, whatever their
@@ -90,6 +92,7 @@ class CPPO(GRPO):
     threshold: float = 0.0
     count: Count = "floor"
     ties: Ties = "keep"
+    gate: bool = True
     score: RankBy = "relative"
     draw: Draw = "image"
     preserving: Perturbations = field(default_factory=lambda: dict(PRESERVED))
@@ -109,6 +112,7 @@ class CPPO(GRPO):
         whole = isinstance(self.removing_views, int) and self.removing_views >= 1
         require("removing_views", self.removing_views, whole, "a whole number, at least 1")
         require("stop_gradient", self.stop_gradient, stopped < views, f"some of {sorted(views)}")
+        require("gate", self.gate, isinstance(self.gate, bool), "true or false")
         for option, choices in CHOICES.items():
             require_choice(option, getattr(self, option), choices)
         alone = self.divergence != "full" or not stopped
@@ -128,7 +132,7 @@ class CPPO(GRPO):
             perturbations=self.preserving,
             draw=self.draw,
             gradient="preserved" not in self.stop_gradient,
-            positive_only=True,
+            positive_only=self.gate,
             full_divergence=self.divergence == "full",
         )
         learns = "removed" not in self.stop_gradient
@@ -154,11 +158,9 @@ class CPPO(GRPO):
         return perception_mask(seen.entropy, entropy, mask, score=self.score, **select)
 
     def plan(self, tokens: Tokens) -> Plan:
-        perception = self.detect(
-            tokens.seen,
-            [tokens.views[name] for name in self.removed],
-            tokens.mask & positive(tokens.advantages)[:, None],
-        )
+        gated = positive(tokens.advantages)[:, None] if self.gate else True
+        removed = [tokens.views[name] for name in self.removed]
+        perception = self.detect(tokens.seen, removed, tokens.mask & gated)
         plan = super().plan(tokens)
         averages = {**plan.averages, "perception": Average(mask=perception)}
         if not self.policy_term:
