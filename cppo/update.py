@@ -2,8 +2,9 @@
 
 Every average runs over the global batch, whatever micro-batches and processes it is cut into: what
 the averages divide by is known before the first backward pass. Where a method needs to see a view
-before that, and there is more than one micro-batch, a first pass without gradient shows it: processes may
-differ in what they score there, which data parallelism allows, and sharded weights would not.
+before that, and there is more than one micro-batch, a first pass without gradient shows it:
+processes may differ in what they score there, as data parallelism allows, and sharded weights do
+not.
 
 Shapes: B samples of this process, T response tokens (right-padded).
 """
