@@ -27,6 +27,7 @@ from families import (
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from cppo.data import Item
 from cppo.data import load as load_data
 from cppo.device import choose
 from cppo.policy import Policy, Prompt, Row, Scorer, encode_item, load
@@ -215,6 +216,28 @@ def test_temperature_zero_takes_the_likeliest_token(policy: Policy) -> None:
         torch.testing.assert_close(group[0].logprobs, logprobs, atol=1e-4, rtol=0)
         logits[:, list(policy.family.forbidden)] = -torch.inf
         assert torch.equal(group[0].ids, logits.argmax(-1))
+
+
+@pytest.mark.parametrize("beside", [[], ITEMS[:1]], ids=["alone", "beside-one-with-an-image"])
+def test_prompts_without_images_are_read_as_the_plain_model_reads_them(
+    policy: Policy, beside: Sequence[Item]
+) -> None:
+    bare = [make_item(1, [], words="Why"), make_item(2, [], words="How many are there, in all")]
+    prompts = [make_prompt(policy, item) for item in (bare[0], *beside, bare[1])]
+    with passing(policy) as (patches, _):
+        groups = sample(policy, prompts, responses=2)
+        scored = rescored(policy, prompts, groups, heat=1.0)
+    assert patches == [len(prompts[1].pixels)] * 2 * len(beside)
+    for number in (0, -1):
+        prompt, group = prompts[number], groups[number]
+        truth = true_inputs(Path(policy.source), prompt.item)
+        assert torch.equal(prompt.ids, truth["input_ids"][0])
+        assert not prompt.image_mask.any()
+        for response, score in zip(group, scored[2 * number :][:2], strict=True):
+            logits = true_logits(policy, prompt, response.ids)[:-1]
+            logprobs = logits.log_softmax(-1).gather(-1, response.ids[:, None])[:, 0]
+            torch.testing.assert_close(response.logprobs, logprobs, atol=1e-4, rtol=0)
+            torch.testing.assert_close(score, logprobs, atol=1e-4, rtol=0)
 
 
 def test_first_tokens_follow_the_policys_distribution(policy: Policy) -> None:
