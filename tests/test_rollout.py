@@ -132,8 +132,27 @@ def test_groups_sampled_side_by_side_are_prefilled_once_each(policy: Policy) -> 
     assert positions == [together, 4 * len(prompts), 4 * len(prompts)]
 
 
+def test_a_prompt_that_follows_itself_is_run_once(policy: Policy) -> None:
+    first, second, third = make_prompts(policy)
+    policy.eos = (-1,)
+    prompts = [first, first, second, third, third, third, first]
+    greedy = {"responses": 1, "temperature": 0.0, "max_new_tokens": 4}
+    with passing(policy) as (patches, positions):
+        groups = sample(policy, prompts, **greedy)
+    apart = [sample(policy, [prompt], **greedy)[0] for prompt in prompts]
+    assert written(groups) == written(apart)
+    assert len({tuple(ids) for ids in written(apart)}) > 1
+    runs = [first, second, third, first]
+    assert patches == [sum(len(prompt.pixels) for prompt in (first, second, third))]
+    lengths = [len(prompt.ids) for prompt in runs]
+    together = sum(lengths) if policy.packs else len(lengths) * max(lengths)
+    assert positions == [together, *[len(prompts)] * 3]
+    drawn = written(sample(policy, [first] * 8, responses=1))
+    assert len({tuple(ids) for ids in drawn}) > 1  # each time by itself
+
+
 def test_a_prompts_keys_are_held_once_for_its_group_and_go_with_its_last_response() -> None:
-    cache = GroupCache([3, 7], responses=4)
+    cache = GroupCache([3, 7], responses=[4, 4])
     ask(cache, 10)
     (held,) = cache._layers.values()
     assert held.prompt_keys.shape == (2, 2, 7, 8)
@@ -150,7 +169,7 @@ def test_attention_goes_on_when_the_room_for_responses_is_used_up() -> None:
     """More tokens than a layer begins with room for, against attention over all of them at once;
     one prompt is padded, and rows end meanwhile."""
     generator = torch.Generator().manual_seed(0)
-    lengths, responses, tokens = [3, 7], 3, 2 * ROOM + 9
+    lengths, responses, tokens = [3, 7], [4, 2], 2 * ROOM + 9
     cache, alive = GroupCache(lengths, responses=responses), list(range(6))
     prompt_keys, prompt_values = ask(cache, sum(lengths), generator)
     keys, values = (torch.randn(6, 2, tokens, 8, generator=generator) for _ in range(2))
@@ -165,7 +184,7 @@ def test_attention_goes_on_when_the_room_for_responses_is_used_up() -> None:
             kernel=scaled_dot_product_attention,
         )
         for attended, row in zip(found, alive, strict=True):
-            mine = slice(0, 3) if row < responses else slice(3, 10)
+            mine = slice(0, 3) if row < responses[0] else slice(3, 10)
             true = scaled_dot_product_attention(
                 query[row],
                 torch.cat([prompt_keys[0][:, mine], keys[row, :, : token + 1]], dim=1),
