@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import counted, vision_tower
+from families import counted, randomise, vision_tower
 
 from cppo.ask_again import ask_again
 from cppo.builtin import ShapesTask
@@ -33,7 +33,12 @@ def look_that_asks(ask: Callable[[str, str], str | None]) -> SecondLook:
 
 @pytest.fixture(scope="module")
 def policy(tiny_folder: Path) -> Policy:
-    return load(str(tiny_folder), dtype=torch.float32, attention="sdpa")
+    """Its weights are large enough for what it says to depend on what it is asked."""
+    policy = load(str(tiny_folder), dtype=torch.float32, attention="sdpa")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        randomise(policy.base)
+    return policy
 
 
 @pytest.fixture(scope="module")
@@ -75,21 +80,25 @@ def test_each_response_gets_the_reply_to_its_own_text_and_none_where_nothing_is_
 ) -> None:
     answered = saying(["red", "skip", "blue"], ["skip", "green", "skip"])
     look = look_that_asks(lambda said, question: None if said == "skip" else f"{said}? {question}")
-    replies = ask_again(policy, look, prompts, answered, SAMPLING, drawing())
-    asked = [
-        replace(prompts[number].item, images=(), question=f"{said}? {question_of(prompts[number])}")
-        for number, said in ((0, "red"), (0, "blue"), (1, "green"))
-    ]
-    bare = [encode_item(policy, item, instruction="", max_tokens=999) for item in asked]
-    once = replace(SAMPLING, responses=1)
-    red, blue, green = [reply.text for (reply,) in generate(policy, bare, once, drawing())]
+    greedy = replace(SAMPLING, temperature=0.0)
+    replies = ask_again(policy, look, prompts, answered, greedy, drawing())
+
+    def likeliest(said: str, prompt: Prompt) -> str:
+        before, _, after = prompt.item.question.partition("<image>")
+        text = f"{said}? {(before + after).strip()}"
+        bare = without_image(policy, prompt, text)
+        ((reply, *_),) = generate(policy, [bare], greedy, drawing())
+        return reply.text
+
+    red, blue = (likeliest(said, prompts[0]) for said in ("red", "blue"))
+    green = likeliest("green", prompts[1])
     assert replies == [[red, None, blue], [None, green, None]]
     assert len({red, blue, green}) == 3
 
 
-def question_of(prompt: Prompt) -> str:
-    before, _, after = prompt.item.question.partition("<image>")
-    return (before + after).strip()
+def without_image(policy: Policy, prompt: Prompt, text: str) -> Prompt:
+    item = replace(prompt.item, images=(), question=text)
+    return encode_item(policy, item, instruction="", max_tokens=999)
 
 
 def test_the_question_is_asked_without_its_images(policy: Policy, prompts: list[Prompt]) -> None:
@@ -111,18 +120,8 @@ def test_asking_sees_no_picture_and_reads_each_text_once(
     with counted(vision_tower(policy)) as pictures, reading(policy) as passes:
         replies = ask_again(policy, look, prompts, answered, SAMPLING, drawing())
     assert pictures == []
-    lengths = [
-        len(
-            encode_item(
-                policy,
-                replace(prompts[0].item, images=(), question=f"What is {said}?"),
-                instruction="",
-                max_tokens=999,
-            ).ids
-        )
-        for said in ("same", "other", "else")
-    ]
-    assert passes[0] == sum(lengths)
+    texts = [f"What is {said}?" for said in ("same", "other", "else")]
+    assert passes[0] == sum(len(without_image(policy, prompts[0], text).ids) for text in texts)
     assert passes[1] <= 6  # then one token of each reply that goes on
     assert len({replies[0][0], replies[0][2], replies[1][0]}) > 1  # sampled each by itself
 
