@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from cppo.ask_again import ask_again
 from cppo.config import RolloutConfig
 from cppo.data import Feed, Item
 from cppo.methods import GRPO
 from cppo.perturb import view_seed
 from cppo.policy import Policy, Prompt, encode_item, encode_view
-from cppo.reward import Grader, Reward
+from cppo.reward import SECOND_LOOKS, Grader, Reward
 from cppo.rollout import Response, Sampling, generate
 from cppo.update import Sample
 
@@ -22,11 +23,15 @@ Gather = Callable[[list[Any]], list[Any]]  # lists of all processes, joined in o
 
 @dataclass(kw_only=True, eq=False)
 class Group:
-    """A prompt, its responses, and what each of them earned."""
+    """A prompt, its responses, and what each of them earned.
+
+    `replies` are those without the images, where the method asks for them; None where it did not.
+    """
 
     prompt: Prompt
     responses: list[Response]
     rewards: list[Reward]
+    replies: list[str | None] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
 
     def teaches(self, method: GRPO) -> bool:
@@ -130,19 +135,36 @@ class Collector:
         drawn = view_seed(self._seed, f"rank {self._rank}", f"rollout {attempt}", step)
         generator.manual_seed(drawn)
         answered = self._sample(prompts, step, generator)
-        rewards = iter(
-            self._grader.grade(
-                [
-                    (response.text, prompt.item.answer, prompt.item.question)
-                    for prompt, responses in zip(prompts, answered, strict=True)
-                    for response in responses
-                ]
-            )
-        )
-        return [
-            Group(prompt=prompt, responses=responses, rewards=[next(rewards) for _ in responses])
-            for prompt, responses in zip(prompts, answered, strict=True)
+        replies = self._ask_again(prompts, answered, generator)
+        earning = [
+            (response.text, prompt.item.answer, prompt.item.question)
+            + (() if reply is None else (reply,))
+            for prompt, responses, own in zip(prompts, answered, replies, strict=True)
+            for response, reply in zip(responses, own, strict=True)
         ]
+        rewards = iter(self._grader.grade(earning))
+        return [
+            Group(
+                prompt=prompt,
+                responses=responses,
+                rewards=[next(rewards) for _ in responses],
+                replies=own,
+            )
+            for prompt, responses, own in zip(prompts, answered, replies, strict=True)
+        ]
+
+    def _ask_again(
+        self,
+        prompts: Sequence[Prompt],
+        answered: Sequence[Sequence[Response]],
+        generator: torch.Generator,
+    ) -> list[list[str | None]]:
+        """A reply without the images to each response, where the method's reward is of it too."""
+        name = self._method.second_look
+        if name is None:
+            return [[None] * len(responses) for responses in answered]
+        look = SECOND_LOOKS[name]
+        return ask_again(self._policy, look, prompts, answered, self._sampling, generator)
 
     def _sample(
         self, prompts: Sequence[Prompt], step: int, generator: torch.Generator

@@ -23,8 +23,9 @@ class DataConfig:
         eval_share: Share of the rows held out where the source has no split of its own.
         max_skipped_share: The run stops when more than this share of rows cannot be used.
         max_image_pixels: Larger images are skipped before they are decoded.
-        instruction: Appended to every question; null for the model's own where it has one, as the
-            built-in policy does, else a request to think and to box the answer.
+        instruction: Appended to every question; null for the method's own where it has one, as
+            vision_sr1 and visionary_r1 do, else the model's own, as the built-in policy's, else a
+            request to think and to box the answer.
         difficulty: Of the built-in task, 1 to 3.
     """
 
@@ -163,9 +164,10 @@ class TrainConfig:
         model: "builtin", a folder, or a Hub id of a supported family.
         data: "builtin", a file or folder (parquet, JSON lines, images), or a Hub id.
         method: The algorithm (grpo, dapo, dr_grpo, gspo, cppo, cppo_areal, papo, papo_dapo, vppo,
-            pgpo, dvrp).
+            pgpo, dvrp, noisy_rollout, vision_sr1, visionary_r1).
         method_options: Options of the method, in place of its published ones.
-        reward: "default", or "package.module:function".
+        reward: "default", or "package.module:function". Of vision_sr1 and visionary_r1 "default",
+            which is then their own.
         steps: Rollout-and-update steps.
         seed: Of everything random.
         output: Run folder; null makes one under runs/.
@@ -216,7 +218,8 @@ class EvalConfig:
         top_p: Sample from the likeliest tokens that reach this share.
         max_new_tokens: Longest response.
         batch_responses: Responses sampled side by side; bounds memory.
-        reward: "default", or "package.module:function".
+        reward: "default", or "package.module:function"; "vision_sr1" or "visionary_r1" for models
+            that were trained so: their instruction, unless one is given, and their answers.
         seed: Of sampling.
         json: File for the results and every response; null for none.
         detector: Also score the perception-token detector, on the built-in data.

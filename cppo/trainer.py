@@ -26,12 +26,12 @@ from cppo.data import Feed, SkipLedger
 from cppo.device import choose, resolve_attention, resolve_precision
 from cppo.evaluation.metrics import Estimate, paired_difference
 from cppo.evaluation.run import Outcome, Questions, evaluate
-from cppo.methods import build
+from cppo.methods import GRPO, build
 from cppo.policy import Policy, Scorer, save
 from cppo.policy.loading import frozen_copy
 from cppo.processes import Processes
 from cppo.report.samples import describe
-from cppo.reward import Grader
+from cppo.reward import SECOND_LOOKS, Grader, SecondLook, final_answer
 from cppo.rollout import Sampling
 from cppo.run_folder import RunFolder
 from cppo.sources import open_data, open_policy
@@ -59,6 +59,7 @@ class Trainer:
         self.config = config
         self._tell = after_step
         self.method = build(config.method, config.method_options)
+        self.look = _second_look(config, self.method)
         if config.deterministic:
             torch.use_deterministic_algorithms(True)  # before the backend prepares its device
         self.backend = choose(config.backend)
@@ -89,10 +90,11 @@ class Trainer:
         self.ledger = SkipLedger(
             self.folder.skipped if main else None, max_share=config.dataset.max_skipped_share
         )
+        instruction = config.dataset.instruction
+        if instruction is None and self.look is not None:
+            instruction = self.look.instruction
         self.encoder = Encoder(
-            self.policy,
-            instruction=config.dataset.instruction,
-            max_tokens=config.policy.max_prompt_tokens,
+            self.policy, instruction=instruction, max_tokens=config.policy.max_prompt_tokens
         )
         self.feed = Feed(
             open_data(config.data, config.dataset, "train"),
@@ -102,7 +104,7 @@ class Trainer:
         )
         self._prepare()
         self.grader = Grader(
-            config.reward,
+            config.reward if self.look is None else self.look.spec,
             timeout_seconds=config.rewards.timeout_seconds,
             workers=config.rewards.workers,
         )
@@ -334,6 +336,7 @@ class Trainer:
                 self.grader,
                 sampling,
                 seed=self.config.seed,
+                final=final_answer if self.look is None else self.look.final,
                 progress=show,
             )
         outcome = Outcome.joined(self.processes.gather([own]))
@@ -414,13 +417,33 @@ class Trainer:
 
     def _rollout_metrics(self, groups: Sequence[Group]) -> dict[str, float]:
         rows = [
-            (reward.total, reward.accuracy, reward.format, len(r.ids), not r.finished, a > 0)
+            (
+                *(reward.total, reward.accuracy, reward.format, reward.second_look),
+                *(len(r.ids), not r.finished, a > 0),
+            )
             for group in groups
             for reward, r, a in zip(group.rewards, group.responses, group.advantages, strict=True)
         ]
         means = torch.tensor(self.processes.gather(rows), dtype=torch.float64).mean(0).tolist()
-        names = ("reward", "accuracy", "format", "response_tokens", "cut_off", "positive")
-        return dict(zip(names, means, strict=True))
+        earned = ("reward", "accuracy", "format", "second_look_accuracy")
+        names = (*earned, "response_tokens", "cut_off", "positive")
+        metrics = dict(zip(names, means, strict=True))
+        if self.look is None:
+            del metrics["second_look_accuracy"]
+        return metrics
+
+
+def _second_look(config: TrainConfig, method: GRPO) -> SecondLook | None:
+    """The method's own reward, if it has one; ValueError where there is to be another."""
+    if method.second_look is None:
+        return None
+    if config.reward != "default":
+        raise ValueError(
+            f"reward is {config.reward!r}, but method {config.method!r} has a reward of its own, "
+            "for what the policy answers without the image: leave reward at 'default', or take "
+            "another method"
+        )
+    return SECOND_LOOKS[method.second_look]
 
 
 def learning_rate(settings: OptimizerConfig, step: int, steps: int) -> float:

@@ -356,7 +356,8 @@ def true_inputs(folder: Path, item: Item) -> dict[str, Tensor]:
     text = processor.tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
-    made = processor(images=[list(item.images)], text=[text], return_tensors="pt")
+    images = [list(item.images)] if item.images else None
+    made = processor(images=images, text=[text], return_tensors="pt")
     kinds = made.pop("mm_token_type_ids", None)
     return dict(made) | ({"mm_token_type_ids": kinds} if name in QWEN else {})
 

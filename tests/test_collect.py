@@ -19,11 +19,13 @@ from cppo.collect import Collector, Encoder, Group
 from cppo.config import RolloutConfig
 from cppo.data import Feed, Item, SkipLedger
 from cppo.device import choose
+from cppo.evaluation.run import Questions, evaluate
 from cppo.methods import GRPO, build
 from cppo.objective import group_advantages
 from cppo.policy import Policy, Row, Scorer, encode_item, encode_view, load
 from cppo.policy.loading import INSTRUCTION
-from cppo.reward import Grader, Reward, default_reward
+from cppo.reward import SECOND_LOOKS, Grader, Reward, default_reward
+from cppo.rollout import Sampling
 
 PROMPTS, RESPONSES = 4, 4
 REWARDS = """
@@ -175,18 +177,25 @@ def guessing_policy(tiny_folder: Path) -> Policy:
     """Answers the first puzzle rightly and wrongly, about as often, and writes a thought or not."""
     policy = load(str(tiny_folder), dtype=torch.float32, attention="sdpa")
     item = OnePuzzle(split="train", size=1000, seed=3).read(0)
-    prompt = encode_item(policy, item, instruction="", max_tokens=999)
-    texts = [
-        f"{thought}\\boxed{{{answer}}}<|im_end|>"
-        for thought in ("", "<think>1</think>")
-        for answer in (item.answer, "7")
-    ]
+    thoughts, answers = ("", "<think>1</think>"), (item.answer, "7")
+    texts = [f"{thought}\\boxed{{{answer}}}" for thought in thoughts for answer in answers]
+    return taught(policy, [(item, text) for text in texts])
+
+
+def taught(policy: Policy, pairs: Sequence[tuple[Item, str]]) -> Policy:
+    """The policy, once it has learned to answer these items with any of their texts."""
+    prompts = {
+        item.question: encode_item(policy, item, instruction="", max_tokens=999)
+        for item, _ in pairs
+    }
     rows = [
         Row(
-            prompt=prompt,
-            response=torch.tensor(policy.tokenizer(text, add_special_tokens=False).input_ids),
+            prompt=prompts[item.question],
+            response=torch.tensor(
+                policy.tokenizer(f"{text}<|im_end|>", add_special_tokens=False).input_ids
+            ),
         )
-        for text in texts
+        for item, text in pairs
     ]
     scorer = Scorer(policy, choose("cpu"), temperature=1.0)
     optimizer = torch.optim.Adam(scorer.parameters(), lr=3e-3)
@@ -346,6 +355,78 @@ def test_steps_go_on_with_the_prompts_that_follow(policy: Policy, reward: Grader
     collector, _ = make_collector(policy, build("grpo"), reward)
     rows = [row for step in (1, 2) for row in rows_of(collector.collect(step))]
     assert rows == feed_rows(2 * PROMPTS)
+
+
+# --- asking again -------------------------------------------------------------------------------
+
+# A description and an answer, and an answer without the image, as the methods ask for them.
+FORMS = {
+    "vision_sr1": (
+        "<description>a {}</description><think>1</think>\\boxed{{{}}}",
+        "\\boxed{{{}}}",
+    ),
+    "visionary_r1": ("<info>a {}</info><think>1</think><answer>{}</answer>", "{}"),
+}
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def method_and_policy(request: pytest.FixtureRequest, tiny_folder: Path) -> tuple[str, Policy]:
+    """A method, and a policy that describes the first puzzle as it asks, and answers it rightly and
+    wrongly, about as often, with the image and from its description."""
+    name: str = request.param
+    policy = load(str(tiny_folder), dtype=torch.float32, attention="sdpa")
+    item = OnePuzzle(split="train", size=1000, seed=3).read(0)
+    form, reply = FORMS[name]
+    said = [form.format(item.answer, answer) for answer in (item.answer, "7")]
+    question = item.question.replace("<image>", "").strip()
+    (asked,) = {SECOND_LOOKS[name].ask(text, question) for text in said}
+    assert asked is not None
+    bare = replace(item, images=(), question=asked)
+    replies = [(bare, reply.format(answer)) for answer in (item.answer, "7")]
+    return name, taught(policy, [(item, text) for text in said] + replies)
+
+
+def test_a_description_earns_what_the_policy_answers_from_it(
+    method_and_policy: tuple[str, Policy],
+) -> None:
+    name, policy = method_and_policy
+    method, look, task = build(name), SECOND_LOOKS[name], OnePuzzle(split="train", size=99, seed=3)
+    answer = task.read(0).answer
+    with Grader(look.spec, workers=1) as grader:
+        collector, _ = make_collector(policy, method, grader, source=task, max_new_tokens=48)
+        groups = collector.collect(1)
+        alone, _ = make_collector(policy, build("grpo"), grader, source=task, max_new_tokens=48)
+        assert ids_of(alone.collect(1)) == ids_of(groups)  # what is asked after them changes none
+        encoder = Encoder(policy, instruction="", max_tokens=999)
+        outcome = evaluate(
+            policy,
+            Questions(task, encoder, SkipLedger(None, max_share=0.1), count=2),
+            grader,
+            Sampling(responses=8, max_new_tokens=48),
+            seed=0,
+            final=look.final,
+        )
+    rewards = [reward for group in groups for reward in group.rewards]
+    replies = [reply for group in groups for reply in group.replies]
+    said = [response.text for group in groups for response in group.responses]
+    assert rewards == [
+        look.grade(text, answer, "", *([] if reply is None else [reply]))
+        for text, reply in zip(said, replies, strict=True)
+    ]
+    formed = [reward for reward in rewards if reward.format]
+    assert {reward.accuracy for reward in formed} == {0.0, 1.0}
+    assert {reward.second_look for reward in formed} == {0.0, 1.0}
+    totals = torch.tensor([reward.total for reward in rewards], dtype=torch.float64)
+    expected = method.score_groups(totals, RESPONSES).tolist()
+    assert [a for g in groups for a in g.advantages] == pytest.approx(expected, abs=1e-12)
+
+    votes = {
+        (accuracy, vote)
+        for accuracies, answers in zip(outcome.accuracies, outcome.answers, strict=True)
+        for accuracy, vote in zip(accuracies, answers, strict=True)
+    }
+    assert {(1.0, answer), (0.0, "7")} <= votes
+    assert all((accuracy == 1.0) == (vote == answer) for accuracy, vote in votes)
 
 
 # --- samples ------------------------------------------------------------------------------------

@@ -2,12 +2,15 @@
 
 import itertools
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cppo.config import DataConfig, EvalConfig
 from cppo.evaluation import (
     Estimate,
     avg_at_k,
@@ -17,6 +20,7 @@ from cppo.evaluation import (
     pass_at_k,
     summarise,
 )
+from cppo.reward import SECOND_LOOKS, Reward, SecondLook
 
 MATRICES = st.integers(1, 5).flatmap(
     lambda samples: st.lists(
@@ -231,3 +235,35 @@ def test_shapes_that_do_not_fit_each_other_are_refused() -> None:
         by_kind(["a"], [[0], [1]], [["a"], ["b"]])
     with pytest.raises(ValueError, match="resamples is 0"):
         avg_at_k([[0], [1]], resamples=0)
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def always_right(response: str, answer: str, question: str, reply: str | None = None) -> Reward:
+    return Reward(total=1.0, accuracy=1.0, format=0.0)
+
+
+def test_an_evaluation_by_a_second_look_asks_and_reads_in_its_form(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cppo.evaluation.command import run  # not above: the worker that grades imports this file
+
+    look = SecondLook(
+        instruction=" Say it." * 20,
+        ask=lambda said, question: None,
+        grade=always_right,
+        final=lambda said: "7",
+    )
+    monkeypatch.setitem(SECOND_LOOKS, "visionary_r1", look)
+    config = EvalConfig(
+        model=str(tiny_folder), reward="visionary_r1", k=2, count=2, max_new_tokens=32
+    )
+    asked = run(config)
+    assert (asked.accuracies, asked.answers) == ([[1.0] * 2] * 2, [["7"] * 2] * 2)
+    same = DataConfig(instruction=look.instruction)
+    plain = run(replace(config, reward="default", dataset=same))
+    assert plain.texts == asked.texts
+    assert (plain.accuracies, plain.answers) == ([[0.0] * 2] * 2, [[""] * 2] * 2)
+    bare = run(replace(config, dataset=DataConfig(instruction="")))
+    assert bare.texts != asked.texts

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tokens import GOLDEN, check, every_response, golden_tokens, tokens_of
+from tokens import GOLDEN, batch_of, check, every_response, golden_tokens, tokens_of, total
 
 from cppo.methods import CPPO, GRPO, METHODS, PAPO, PGPO, VPPO, build
 from cppo.objective import aggregate
+from cppo.reward import SECOND_LOOKS
 
 every_method = pytest.mark.parametrize("name", list(METHODS))
 
@@ -47,6 +48,11 @@ def test_published_settings_are_the_defaults() -> None:
     assert (pgpo.floor, pgpo.conserve_mass) == (0.0, True)
     for m in (papo_dapo, vppo, pgpo):
         assert (m.clip_low, m.clip_high, m.resample, m.reference_kl) == (0.2, 0.28, True, 0.0)
+    sr1, visionary = build("vision_sr1"), build("visionary_r1")
+    assert (sr1.clip_low, sr1.clip_high, sr1.dual_clip, sr1.reference_kl) == (0.2, 0.3, 3.0, 0.01)
+    assert (sr1.advantage_epsilon, sr1.aggregation, sr1.resample) == (1e-6, "token-mean", False)
+    assert (visionary.reference_kl, visionary.reference_kl_schedule) == (0.04, "cosine")
+    assert (visionary.advantage_epsilon, visionary.aggregation) == (1e-4, "sequence-mean")
     for name, expected in {
         "cppo": (0.01, 0.1, 0.5, "k3", "floor", "keep", "image", 0.2, False),
         "cppo_areal": (0.01, 0.1, 0.5, "k1", "ceil", "cut", "item", 0.4, True),
@@ -82,6 +88,7 @@ def test_an_unknown_method_or_option_names_the_nearest(
         ("clip_low", math.nan),
         ("clip_high", 0.0),
         ("dual_clip", 1.0),
+        ("advantage_epsilon", 0.0),
         ("reference_kl", -0.1),
         ("reference_kl_schedule", "sine"),
         ("aggregation", "mean"),
@@ -206,6 +213,50 @@ def test_dr_grpo_neither_divides_by_the_spread_nor_by_the_lengths() -> None:
     average = plan.averages["policy"]
     loss = method.terms(tokens, plan)["policy"].per_token
     check(aggregate(loss, average.mask, average.mode, denominator=10.0), -3 * 0.75 / 10)
+
+
+def test_the_epsilon_is_added_to_the_deviation_that_advantages_are_divided_by() -> None:
+    """Rewards 1e-4 off their mean have a deviation of 2 ** 0.5 times that."""
+    rewards = torch.tensor([2e-4, 0.0], dtype=torch.float64)
+    for epsilon, advantage in ((1e-6, 1 / (math.sqrt(2) + 0.01)), (1e-4, 1 / (math.sqrt(2) + 1))):
+        method = build("grpo", {"advantage_epsilon": epsilon})
+        check(method.score_groups(rewards, 2), [advantage, -advantage], 1e-12)
+    check(build("grpo").score_groups(rewards, 2)[0], 1 / (math.sqrt(2) + 0.01), 1e-12)
+
+
+def test_vision_sr1_clips_wider_above_and_bounds_what_is_bad() -> None:
+    """Rewards of a right answer with and without a description that suffices, and of wrong ones."""
+    method = build("vision_sr1")
+    advantages = method.score_groups(torch.tensor([2.0, 1.0, 1.1, 0.1], dtype=torch.float64), 4)
+    deviation = math.sqrt(2 * (0.95**2 + 0.05**2) / 3) + 1e-6  # the mean is 1.05
+    check(advantages, [0.95 / deviation, -0.05 / deviation, 0.05 / deviation, -0.95 / deviation])
+    tokens = batch_of([[math.log(1.5)], [math.log(5.0)]], [1.0, -1.0])
+    tokens = replace(tokens, reference_logprobs=tokens.seen.logprobs + math.log(2.0))
+    policy, drift = (-1.3 + 3.0) / 2, 2.0 - math.log(2.0) - 1.0
+    check(total(method, tokens), policy + 0.01 * drift)
+
+
+def test_visionary_r1_weighs_responses_alike_and_lets_go_of_the_reference() -> None:
+    """Rewards of two right answers, of which one has a caption that suffices."""
+    method = build("visionary_r1")
+    advantages = method.score_groups(torch.tensor([2.1, 2.0], dtype=torch.float64), 2)
+    deviation = 0.1 / math.sqrt(2) + 1e-4
+    check(advantages, [0.05 / deviation, -0.05 / deviation])
+    tokens = batch_of([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]], [1.0, -2.0])
+    tokens = replace(
+        tokens,
+        mask=torch.tensor([[True, False, False], [True, True, True]]),
+        reference_logprobs=tokens.seen.logprobs + math.log(2.0),
+    )
+    policy, drift = (-1.0 + 2.0) / 2, 2.0 - math.log(2.0) - 1.0  # over tokens it would be 5 / 4
+    for progress, weight in ((0.0, 0.04), (0.5, 0.02), (1.0, 0.0)):
+        check(total(method, replace(tokens, progress=progress)), policy + weight * drift)
+
+
+def test_every_second_look_that_a_method_names_is_a_reward_and_no_other_is() -> None:
+    named = {name: build(name).second_look for name in METHODS}
+    looks = {name: look for name, look in named.items() if look is not None}
+    assert looks == {name: name for name in SECOND_LOOKS}
 
 
 def test_batch_normalisation_centres_and_scales_over_all_groups() -> None:

@@ -536,9 +536,11 @@ def test_two_thousand_short_responses_are_graded_in_seconds(default_grader: Grad
     assert sum(reward.accuracy for reward in rewards) == 7
 
 
-@pytest.mark.parametrize("item", [("a", "b"), ("a", "b", 3), ("a", None, "c")])
-def test_an_item_that_is_not_three_strings_is_refused(
-    default_grader: Grader, item: tuple[str, str, str]
+@pytest.mark.parametrize(
+    "item", [("a", "b"), ("a", "b", 3), ("a", None, "c"), ("a", "b", "c", None), ("a",) * 5]
+)
+def test_an_item_that_is_not_three_strings_or_four_is_refused(
+    default_grader: Grader, item: tuple[str, ...]
 ) -> None:
     with pytest.raises(ValueError, match="expected three strings"):
         default_grader.grade([item])
@@ -621,6 +623,7 @@ HAZARDS = {
     "huge": lambda: 10**400,
     "not finite": lambda: Reward(total=float("nan"), accuracy=0.0, format=0.0),
     "not in range": lambda: Reward(total=0.0, accuracy=2.0, format=0.0),
+    "no second share": lambda: Reward(total=0.0, accuracy=0.0, format=0.0, second_look=1.5),
     "unprintable": Unprintable,
     "fork": fork,
     "shout": shout,
@@ -647,7 +650,7 @@ FAILURES = {
     "exception: RecursionError": ["recursion"],
     "exception: RuntimeError": ["unprintable"],
     "not a number": ["text", "none", "nan", "infinity", "huge", "not finite"],
-    "out of range": ["not in range"],
+    "out of range": ["not in range", "no second share"],
 }
 HALF = Reward(total=0.5, accuracy=0.5, format=0.0)
 ONE = Reward(total=1.0, accuracy=1.0, format=0.0)
@@ -701,6 +704,21 @@ def test_the_limit_is_on_each_call(module: Write) -> None:
         assert 0.5 <= time.monotonic() - began < 1.4
         assert grader.grade([("r", "sleep", "q"), ("r", "half", "q")]) == [ZERO, HALF]
         assert grader.failures == {"timeout": 3}
+
+
+def test_a_reply_is_a_fourth_argument_and_under_the_same_limit(module: Write) -> None:
+    name = module(
+        """
+        import time
+        def f(response, answer, question, reply="none"):
+            time.sleep(1000 if reply == "hang" else 0)
+            return {"none": 0.5, "some": 1.0}[reply]
+        """
+    )
+    items = [("r", "a", "q", "some"), ("r", "a", "q", "hang"), ("r", "a", "q")]
+    with Grader(f"{name}:f", timeout_seconds=0.5, workers=1) as grader:
+        assert grader.grade(items) == [ONE, ZERO, HALF]
+        assert grader.failures == {"timeout": 1}
 
 
 def test_a_slow_start_does_not_count_into_the_limit(module: Write) -> None:

@@ -27,6 +27,7 @@ from families import (
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from cppo.data import Item
 from cppo.data import load as load_data
 from cppo.device import choose
 from cppo.policy import Policy, Prompt, Row, Scorer, encode_item, load
@@ -132,8 +133,27 @@ def test_groups_sampled_side_by_side_are_prefilled_once_each(policy: Policy) -> 
     assert positions == [together, 4 * len(prompts), 4 * len(prompts)]
 
 
+def test_a_prompt_that_follows_itself_is_run_once(policy: Policy) -> None:
+    first, second, third = make_prompts(policy)
+    policy.eos = (-1,)
+    prompts = [first, first, second, third, third, third, first]
+    greedy = {"responses": 1, "temperature": 0.0, "max_new_tokens": 4}
+    with passing(policy) as (patches, positions):
+        groups = sample(policy, prompts, **greedy)
+    apart = [sample(policy, [prompt], **greedy)[0] for prompt in prompts]
+    assert written(groups) == written(apart)
+    assert len({tuple(ids) for ids in written(apart)}) > 1
+    runs = [first, second, third, first]
+    assert patches == [sum(len(prompt.pixels) for prompt in (first, second, third))]
+    lengths = [len(prompt.ids) for prompt in runs]
+    together = sum(lengths) if policy.packs else len(lengths) * max(lengths)
+    assert positions == [together, *[len(prompts)] * 3]
+    drawn = written(sample(policy, [first] * 8, responses=1))
+    assert len({tuple(ids) for ids in drawn}) > 1  # each time by itself
+
+
 def test_a_prompts_keys_are_held_once_for_its_group_and_go_with_its_last_response() -> None:
-    cache = GroupCache([3, 7], responses=4)
+    cache = GroupCache([3, 7], responses=[4, 4])
     ask(cache, 10)
     (held,) = cache._layers.values()
     assert held.prompt_keys.shape == (2, 2, 7, 8)
@@ -150,7 +170,7 @@ def test_attention_goes_on_when_the_room_for_responses_is_used_up() -> None:
     """More tokens than a layer begins with room for, against attention over all of them at once;
     one prompt is padded, and rows end meanwhile."""
     generator = torch.Generator().manual_seed(0)
-    lengths, responses, tokens = [3, 7], 3, 2 * ROOM + 9
+    lengths, responses, tokens = [3, 7], [4, 2], 2 * ROOM + 9
     cache, alive = GroupCache(lengths, responses=responses), list(range(6))
     prompt_keys, prompt_values = ask(cache, sum(lengths), generator)
     keys, values = (torch.randn(6, 2, tokens, 8, generator=generator) for _ in range(2))
@@ -165,7 +185,7 @@ def test_attention_goes_on_when_the_room_for_responses_is_used_up() -> None:
             kernel=scaled_dot_product_attention,
         )
         for attended, row in zip(found, alive, strict=True):
-            mine = slice(0, 3) if row < responses else slice(3, 10)
+            mine = slice(0, 3) if row < responses[0] else slice(3, 10)
             true = scaled_dot_product_attention(
                 query[row],
                 torch.cat([prompt_keys[0][:, mine], keys[row, :, : token + 1]], dim=1),
@@ -196,7 +216,7 @@ def test_wide_weights_in_narrow_precision_hold_narrow_keys(folder: Path) -> None
     policy = load(str(folder), dtype=torch.float32, precision=torch.bfloat16, attention="sdpa")
     if not policy.packs:
         pytest.skip("transformers' own cache holds the keys of models that cannot attend in groups")
-    decoding = InGroups(policy, make_prompts(policy), 2)
+    decoding = InGroups(policy, make_prompts(policy), [2, 2, 2])
     with policy.evaluating():
         states = decoding.begin()
         decoding.advance(torch.ones(len(states), dtype=torch.long))
@@ -230,6 +250,28 @@ def test_temperature_zero_takes_the_likeliest_token(policy: Policy) -> None:
         torch.testing.assert_close(group[0].logprobs, logprobs, atol=1e-4, rtol=0)
         logits[:, list(policy.family.forbidden)] = -torch.inf
         assert torch.equal(group[0].ids, logits.argmax(-1))
+
+
+@pytest.mark.parametrize("beside", [[], ITEMS[:1]], ids=["alone", "beside-one-with-an-image"])
+def test_prompts_without_images_are_read_as_the_plain_model_reads_them(
+    policy: Policy, beside: Sequence[Item]
+) -> None:
+    bare = [make_item(1, [], words="Why"), make_item(2, [], words="How many are there, in all")]
+    prompts = [make_prompt(policy, item) for item in (bare[0], *beside, bare[1])]
+    with passing(policy) as (patches, _):
+        groups = sample(policy, prompts, responses=2)
+        scored = rescored(policy, prompts, groups, heat=1.0)
+    assert patches == [len(prompts[1].pixels)] * 2 * len(beside)
+    for number in (0, -1):
+        prompt, group = prompts[number], groups[number]
+        truth = true_inputs(Path(policy.source), prompt.item)
+        assert torch.equal(prompt.ids, truth["input_ids"][0])
+        assert not prompt.image_mask.any()
+        for response, score in zip(group, scored[2 * number :][:2], strict=True):
+            logits = true_logits(policy, prompt, response.ids)[:-1]
+            logprobs = logits.log_softmax(-1).gather(-1, response.ids[:, None])[:, 0]
+            torch.testing.assert_close(response.logprobs, logprobs, atol=1e-4, rtol=0)
+            torch.testing.assert_close(score, logprobs, atol=1e-4, rtol=0)
 
 
 def test_first_tokens_follow_the_policys_distribution(policy: Policy) -> None:

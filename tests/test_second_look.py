@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from cppo.reward import Reward
+from cppo.reward import Grader, Reward, extract_answer
 from cppo.reward.second_look import (
     NO_DESCRIPTION,
     SECOND_LOOKS,
@@ -140,46 +141,74 @@ def test_a_caption_that_is_marked_up_as_an_answer_is_not_asked_about(hidden: str
 @pytest.mark.parametrize(
     ("response", "reply", "expected"),
     [
-        (SR1, r"<think>x</think>\boxed{12}", (2.0, 1, 1)),
-        (SR1, r"<think>x</think>\boxed{11}", (1.0, 1, 1)),
-        (SR1, "12", (1.0, 1, 1)),  # a reply boxes its answer too
-        (SR1, None, (1.0, 1, 1)),
-        (SR1.replace("12", "11"), r"\boxed{12}", (1.1, 0, 1)),
-        (SR1 + ".", r"\boxed{12}", (1.9, 1, 0)),
-        ("no idea", None, (0.0, 0, 0)),
+        (SR1, r"<think>x</think>\boxed{12}", (2.0, 1, 1, 1)),
+        (SR1, r"<think>x</think>\boxed{11}", (1.0, 1, 1, 0)),
+        (SR1, "12", (1.0, 1, 1, 0)),  # a reply boxes its answer too
+        (SR1, None, (1.0, 1, 1, 0)),
+        (SR1.replace("12", "11"), r"\boxed{12}", (1.1, 0, 1, 1)),
+        (SR1 + ".", r"\boxed{12}", (1.9, 1, 0, 1)),
+        ("no idea", None, (0.0, 0, 0, 0)),
     ],
 )
 def test_sr1_adds_what_the_reply_earns(
-    response: str, reply: str | None, expected: tuple[float, float, float]
+    response: str, reply: str | None, expected: tuple[float, float, float, float]
 ) -> None:
-    total, correct, formed = expected
-    found = sr1_reward(response, reply, "12", QUESTION)
-    assert found == Reward(total=pytest.approx(total), accuracy=correct, format=formed)
+    assert earned(sr1_reward, response, reply) == pytest.approx(expected)
+
+
+def earned(
+    grade: Callable[..., Reward], response: str, reply: str | None
+) -> tuple[float, float, float, float]:
+    given = () if reply is None else (reply,)
+    found = grade(response, "12", QUESTION, *given)
+    return found.total, found.accuracy, found.format, found.second_look
 
 
 @pytest.mark.parametrize(
     ("response", "reply", "expected"),
     [
-        (VISIONARY, "12", (2.1, 1, 1)),
-        (VISIONARY, " 12.0 ", (2.1, 1, 1)),
-        (VISIONARY, "<think>x</think><answer>12</answer>", (2.1, 1, 1)),
-        (VISIONARY, r"so \boxed{12}", (2.1, 1, 1)),
-        (VISIONARY, "11", (2.0, 1, 1)),
-        (VISIONARY, NO_DESCRIPTION, (2.0, 1, 1)),
-        (VISIONARY, f"{NO_DESCRIPTION.lower()}. 12", (2.0, 1, 1)),
-        (VISIONARY, None, (2.0, 1, 1)),
-        (VISIONARY.replace("12", "11"), "12", (1.1, 0, 1)),
-        (VISIONARY + " done", "12", (1.1, 1, 0)),
-        ("12", "12", (0.1, 0, 0)),  # without its tags an answer is none
-        ("", None, (0.0, 0, 0)),
+        (VISIONARY, "12", (2.1, 1, 1, 1)),
+        (VISIONARY, " 12.0 ", (2.1, 1, 1, 1)),
+        (VISIONARY, "<think>x</think><answer>12</answer>", (2.1, 1, 1, 1)),
+        (VISIONARY, r"so \boxed{12}", (2.1, 1, 1, 1)),
+        (VISIONARY, "11", (2.0, 1, 1, 0)),
+        (VISIONARY, NO_DESCRIPTION, (2.0, 1, 1, 0)),
+        (VISIONARY, f"{NO_DESCRIPTION.lower()}. 12", (2.0, 1, 1, 0)),
+        (VISIONARY, None, (2.0, 1, 1, 0)),
+        (VISIONARY.replace("12", "11"), "12", (1.1, 0, 1, 1)),
+        (VISIONARY + " done", "12", (1.1, 1, 0, 1)),
+        ("12", "12", (0.1, 0, 0, 1)),  # without its tags an answer is none
+        ("", None, (0.0, 0, 0, 0)),
     ],
 )
 def test_visionary_adds_a_tenth_of_what_the_reply_earns(
-    response: str, reply: str | None, expected: tuple[float, float, float]
+    response: str, reply: str | None, expected: tuple[float, float, float, float]
 ) -> None:
-    total, correct, formed = expected
-    found = visionary_reward(response, reply, "12", QUESTION)
-    assert found == Reward(total=pytest.approx(total), accuracy=correct, format=formed)
+    assert earned(visionary_reward, response, reply) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("name", "response"), [("vision_sr1", SR1), ("visionary_r1", VISIONARY)])
+def test_workers_grade_with_and_without_a_reply(name: str, response: str) -> None:
+    look = SECOND_LOOKS[name]
+    items = [
+        (response, "12", QUESTION),
+        (response, "12", QUESTION, r"\boxed{12}"),
+        (response, "11", QUESTION, r"\boxed{12}"),
+    ]
+    with Grader(look.spec, workers=1) as grader:
+        assert grader.grade(items) == [look.grade(*item) for item in items]
+    assert not grader.failures
+
+
+@pytest.mark.parametrize(("name", "response"), [("vision_sr1", SR1), ("visionary_r1", VISIONARY)])
+def test_a_response_votes_for_the_answer_that_it_is_graded_by(name: str, response: str) -> None:
+    look = SECOND_LOOKS[name]
+    other = response.replace("12", "12.0")
+    assert [extract_answer(each, look.final) for each in (response, other)] == ["12", "12"]
+    assert look.grade(other, "12", QUESTION).accuracy == 1
+    for unmarked in ("12", response.replace("}", "").replace("</answer>", "")):
+        assert extract_answer(unmarked, look.final) == ""
+        assert look.grade(unmarked, "12", QUESTION).accuracy == 0
 
 
 def test_a_reply_that_calls_the_caption_an_answer_declines() -> None:
@@ -194,7 +223,7 @@ def test_instructions_ask_for_what_the_format_wants() -> None:
     ):
         assert all(tag in SECOND_LOOKS[look].instruction for tag in tags)
         grade = SECOND_LOOKS[look].grade
-        assert grade(response, None, "12", QUESTION).format == 1
+        assert grade(response, "12", QUESTION).format == 1
         assert SECOND_LOOKS[look].ask(response, QUESTION) is not None
 
 

@@ -18,6 +18,7 @@ import torch
 from conftest import BACKEND
 
 from cppo.config import (
+    DataConfig,
     EvaluationConfig,
     OptimizerConfig,
     PolicyConfig,
@@ -26,7 +27,9 @@ from cppo.config import (
     TrainConfig,
 )
 from cppo.methods import METHODS
+from cppo.policy import encode_item
 from cppo.processes import Processes
+from cppo.reward import SECOND_LOOKS, Reward, SecondLook, final_answer
 from cppo.trainer import Diverged, Trainer, learning_rate
 
 pytestmark = pytest.mark.device
@@ -36,6 +39,20 @@ REWARD = "test_trainer:reward_length"
 def reward_length(response: str, answer: str, question: str) -> float:
     """Something that a random policy varies in."""
     return (len(response) % 7) / 7
+
+
+def reward_reply(response: str, answer: str, question: str, reply: str | None = None) -> Reward:
+    """It varies in both."""
+    total = reward_length(f"{response}{reply}", answer, question)
+    return Reward(total=total, accuracy=0.0, format=0.0, second_look=float(reply is not None))
+
+
+ASKING = SecondLook(  # about anything: a random policy describes nothing
+    instruction="",
+    ask=lambda said, question: f"{said} {question}",
+    grade=reward_reply,
+    final=final_answer,
+)
 
 
 def config(model: Path, **changes: Any) -> TrainConfig:
@@ -81,9 +98,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_trains_and_leaves_a_whole_run_folder(
-    method: str, tiny_folder: Path, tmp_path: Path
+    method: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    summary = run(config(tiny_folder, method=method), tmp_path)
+    asks_again = method in SECOND_LOOKS
+    if asks_again:
+        monkeypatch.setitem(SECOND_LOOKS, method, ASKING)
+    reward = "default" if asks_again else REWARD
+    summary = run(config(tiny_folder, method=method, reward=reward), tmp_path)
     assert summary["finished"]
     assert summary["steps"] == 2
     metrics = lines(tmp_path / "metrics.jsonl")
@@ -100,8 +121,47 @@ def test_each_method_trains_and_leaves_a_whole_run_folder(
     sample = lines(tmp_path / "samples.jsonl")[0]
     assert len(sample["tokens"]) == len(sample["logprob"]) == len(sample["entropy"])
     assert ("perception" in sample) == method.startswith("cppo")
+    assert isinstance(sample.get("reply"), str) == asks_again
+    shares = [record.get("second_look_accuracy") for record in metrics]
+    assert shares == [1.0 if asks_again else None] * 2
     for name in ("config.yaml", "summary.json", "tensorboard", "checkpoints/step-000002"):
         assert (tmp_path / name).exists(), name
+
+
+@pytest.mark.parametrize("method", SECOND_LOOKS)
+def test_a_policy_that_describes_nothing_is_not_asked_again(
+    method: str, tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    summary = run(config(tiny_folder, method=method, reward="default"), tmp_path)
+    assert summary["finished"]
+    assert summary["skipped_rows"].startswith("0 of")  # for all that the instruction is long
+    assert summary["reward_failures"] == {}
+    metrics = lines(tmp_path / "metrics.jsonl")
+    assert [(m["second_look_accuracy"], m["kept_groups"]) for m in metrics] == [(0.0, 0.0)] * 2
+    assert [sample["reply"] for sample in lines(tmp_path / "samples.jsonl")] == [None] * 6
+    assert "step 2 teaches nothing: in each group, all responses have the same" in caplog.text
+
+
+def test_a_method_with_a_reward_of_its_own_takes_no_other(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"reward is '.*:reward_length', but method 'vision_sr1'"):
+        Trainer(config(tmp_path, method="vision_sr1"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("given", [None, ""])
+def test_a_second_look_brings_its_instruction_unless_one_is_given(
+    given: str | None, tiny_folder: Path, tmp_path: Path
+) -> None:
+    dataset = DataConfig(instruction=given)
+    settings = config(tiny_folder, method="visionary_r1", reward="default", dataset=dataset)
+    trainer = Trainer(settings, tmp_path)
+    try:
+        (prompt,) = trainer.encoder.take(trainer.feed.take(1))
+        expected = SECOND_LOOKS["visionary_r1"].instruction if given is None else given
+        true = encode_item(trainer.policy, prompt.item, instruction=expected, max_tokens=999)
+        assert torch.equal(prompt.ids, true.ids)
+    finally:
+        trainer.close()
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from cppo.evaluation.perception import measure_detector
 from cppo.evaluation.run import Outcome, Questions, evaluate
 from cppo.methods import CPPO
 from cppo.policy import Policy, Scorer
-from cppo.reward import Grader
+from cppo.reward import SECOND_LOOKS, Grader, final_answer
 from cppo.rollout import Sampling
 from cppo.sources import open_data, open_policy
 
@@ -42,13 +42,12 @@ def run(config: EvalConfig) -> Outcome:
         training=False,
     )
     ledger = SkipLedger(None, max_share=config.dataset.max_skipped_share)
+    instruction, look = config.dataset.instruction, SECOND_LOOKS.get(config.reward)
+    if instruction is None and look is not None:
+        instruction = look.instruction
     questions = Questions(
         open_data(config.data, config.dataset, cast(Literal["train", "eval"], config.split)),
-        Encoder(
-            policy,
-            instruction=config.dataset.instruction,
-            max_tokens=config.policy.max_prompt_tokens,
-        ),
+        Encoder(policy, instruction=instruction, max_tokens=config.policy.max_prompt_tokens),
         ledger,
         count=config.count,
     )
@@ -62,11 +61,18 @@ def run(config: EvalConfig) -> Outcome:
     settings = config.rewards
     with (
         Grader(
-            config.reward, timeout_seconds=settings.timeout_seconds, workers=settings.workers
+            config.reward if look is None else look.spec,
+            timeout_seconds=settings.timeout_seconds,
+            workers=settings.workers,
         ) as grader,
         console.progress("evaluation", len(questions)) as show,
     ):
-        outcome = evaluate(policy, questions, grader, sampling, seed=config.seed, progress=show)
+        outcome = evaluate(
+            *(policy, questions, grader, sampling),
+            seed=config.seed,
+            final=final_answer if look is None else look.final,
+            progress=show,
+        )
     results, kinds = outcome.summary(), outcome.kind_summary()
     console.estimates(f"{config.model} on {len(questions)} items of {config.data}", results)
     if kinds:

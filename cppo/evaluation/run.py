@@ -12,7 +12,7 @@ from cppo.collect import Encoder
 from cppo.data import Item, SkipLedger, Source, usable
 from cppo.evaluation.metrics import Estimate, avg_at_k, summarise
 from cppo.policy import Policy, Prompt
-from cppo.reward import Grader, extract_answer
+from cppo.reward import Grader, extract_answer, final_answer
 from cppo.rollout import Sampling, generate
 
 
@@ -101,11 +101,13 @@ def evaluate(
     sampling: Sampling,
     *,
     seed: int,
+    final: Callable[[str], str | None] = final_answer,
     progress: Callable[[int, str], None] = lambda done, note: None,
 ) -> Outcome:
     """Samples `sampling.responses` responses for each question and grades them.
 
-    `progress` is told the number of items done, now and then.
+    `final` reads the answer that a response votes for. `progress` is told the number of items done,
+    now and then.
     """
     generator = torch.Generator(policy.device).manual_seed(seed)
     items: list[Item] = []
@@ -130,6 +132,6 @@ def evaluate(
         kinds=[item.kind for item in items],
         accuracies=[[reward.accuracy for reward in group] for group in graded],
         formats=[[reward.format for reward in group] for group in graded],
-        answers=[[extract_answer(text) for text in group] for group in texts],
+        answers=[[extract_answer(text, final) for text in group] for group in texts],
         texts=texts,
     )

@@ -1,8 +1,9 @@
 """Methods: what each algorithm computes from the statistics of scored tokens, one file each.
 
-A method says which other views of the images it needs (`views`), turns rewards into advantages,
-decides without gradient which tokens count how much (`plan`) and gives the terms of the loss
-(`terms`). It knows no model, no data and no device.
+A method says which other views of the images it needs (`views`) and whether its reward asks the
+policy again without them (`second_look`), turns rewards into advantages, decides without gradient
+which tokens count how much (`plan`) and gives the terms of the loss (`terms`). It knows no model,
+no data and no device.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from cppo.methods.method import Average, Plan, Scores, Term, Tokens, View
 from cppo.methods.noisy_rollout import NoisyRollout
 from cppo.methods.papo import PAPO, PAPO_DAPO
 from cppo.methods.pgpo import PGPO
+from cppo.methods.vision_sr1 import VisionSR1
+from cppo.methods.visionary_r1 import VisionaryR1
 from cppo.methods.vppo import VPPO
 
 METHODS: dict[str, Callable[..., GRPO]] = {
@@ -37,6 +40,8 @@ METHODS: dict[str, Callable[..., GRPO]] = {
     "pgpo": PGPO,
     "dvrp": DVRP,
     "noisy_rollout": NoisyRollout,
+    "vision_sr1": VisionSR1,
+    "visionary_r1": VisionaryR1,
 }
 
 
@@ -82,5 +87,7 @@ __all__ = [
     "Term",
     "Tokens",
     "View",
+    "VisionSR1",
+    "VisionaryR1",
     "build",
 ]

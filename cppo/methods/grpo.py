@@ -25,6 +25,7 @@ class GRPO:
         dual_clip: Where the advantage is negative, the loss is at most `dual_clip` times its size
             (dual-clip PPO, 1912.09729); None for none.
         normalize: Divide advantages by their group's standard deviation.
+        advantage_epsilon: What is added to it before.
         batch_normalize: Normalise advantages once more, over the whole batch.
         aggregation: How per-token losses are averaged.
         average_over: "global": every average runs over the whole batch, however it is cut.
@@ -41,6 +42,7 @@ class GRPO:
     clip_high: float = 0.2
     dual_clip: float | None = None
     normalize: bool = True
+    advantage_epsilon: float = 1e-6
     batch_normalize: bool = False
     aggregation: Aggregation = "token-mean"
     average_over: Scope = "global"
@@ -57,6 +59,7 @@ class GRPO:
             self.dual_clip is None or self.dual_clip > 1,
             "above 1, or null",
         )
+        require("advantage_epsilon", self.advantage_epsilon, self.advantage_epsilon > 0, "above 0")
         require("reference_kl", self.reference_kl, self.reference_kl >= 0, "at least 0")
         require_choice("reference_kl_schedule", self.reference_kl_schedule, Schedule)
         require_choice("aggregation", self.aggregation, Aggregation)
@@ -72,6 +75,12 @@ class GRPO:
         """The views of the images, beside the images themselves, to score responses on."""
         return ()
 
+    @property
+    def second_look(self) -> str | None:
+        """The reward, by its name among the second looks, for which the policy is asked again
+        without the images; None for a reward of the response alone."""
+        return None
+
     def rollout_view(self, progress: float) -> View | None:
         """The view that the second half of each group is sampled on; None: on the images.
 
@@ -82,7 +91,9 @@ class GRPO:
 
     def score_groups(self, rewards_N: Tensor, group_size: int) -> Tensor:
         """Advantages (N,) of rewards (N,), `group_size` neighbours a group."""
-        advantages = group_advantages(rewards_N, group_size, normalize=self.normalize)
+        advantages = group_advantages(
+            rewards_N, group_size, normalize=self.normalize, epsilon=self.advantage_epsilon
+        )
         if self.batch_normalize and len(advantages) > 1:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-6)
         return advantages

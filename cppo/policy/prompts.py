@@ -23,22 +23,26 @@ class Prompt:
     image_mask: Tensor  # (L,) bool, the image tokens among them
     positions: Tensor  # (axes, L)
     next_position: int  # of the response's first token, on every axis
-    pixels: Tensor  # what the vision tower sees of the images
+    pixels: Tensor  # what the vision tower sees of the images; empty where there are none
     grids: Tensor  # (N, k), what the family counts an image's tokens by
     blind: bool = False  # nothing attends to the image tokens
 
 
 def encode_item(policy: Policy, item: Item, *, instruction: str, max_tokens: int) -> Prompt:
-    """Encodes an item, `instruction` appended to its question.
+    """Encodes an item, `instruction` appended to its question. It may have no images.
 
     Raises BadRow where the prompt exceeds `max_tokens`, where the question itself holds visual
     placeholder tokens, or where the image processor refuses an image.
     """
     family = policy.family
-    try:
-        pixels, grids = family.pixels(item.images)
-    except ValueError as error:
-        raise BadRow("image not usable", str(error), row=item.row) from error
+    pixels, grids = torch.empty(0), torch.empty(0, 0, dtype=torch.long)
+    image_texts: list[str] = []
+    if item.images:  # image processors refuse to be given none
+        try:
+            pixels, grids = family.pixels(item.images)
+        except ValueError as error:
+            raise BadRow("image not usable", str(error), row=item.row) from error
+        image_texts = family.image_texts(grids)
     text = policy.tokenizer.apply_chat_template(
         [{"role": "user", "content": _content(item.question + instruction)}],
         tokenize=False,
@@ -54,7 +58,7 @@ def encode_item(policy: Policy, item: Item, *, instruction: str, max_tokens: int
             row=item.row,
         )
     first, *others = pieces
-    shown = zip(family.image_texts(grids), others, strict=True)
+    shown = zip(image_texts, others, strict=True)
     text = first + "".join(image + piece for image, piece in shown)
     ids: list[int] = policy.tokenizer(text, add_special_tokens=_lacks_start(policy, text)).input_ids
     if len(ids) > max_tokens:

@@ -93,11 +93,12 @@ class Scorer(nn.Module):
 
 
 def encode_images(policy: Policy, prompts: Sequence[Prompt]) -> Tensor | None:
-    """Features (levels, F, D) of all prompts' images in order; None where there are no prompts.
+    """Features (levels, F, D) of all prompts' images in order; None where there are none.
 
     Each distinct picture is encoded once; and where nothing in the vision tower is trained, never
     again as long as its pixels are held.
     """
+    prompts = [prompt for prompt in prompts if len(prompt.grids)]
     known: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
     if not policy.learns_to_see:
         known = policy.features

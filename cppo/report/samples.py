@@ -15,7 +15,8 @@ from cppo.policy import Policy, Row, encode_view
 def describe(
     policy: Policy, scorer: nn.Module, method: GRPO, group: Group, *, seed: int, step: int
 ) -> list[dict[str, Any]]:
-    """One record a response of the group, for `samples.jsonl`.
+    """One record a response of the group, for `samples.jsonl`; with the reply without the images
+    where the method asks for one.
 
     Each token comes with its log-probability and entropy and, where the method detects perception
     tokens, its entropy under the removing views and whether the detector picks it (but where it
@@ -53,6 +54,7 @@ def describe(
             "response": response.text,
             "reward": group.rewards[number].total,
             "accuracy": group.rewards[number].accuracy,
+            **({"reply": group.replies[number]} if method.second_look else {}),
             "advantage": group.advantages[number],
             "tokens": [policy.tokenizer.decode([token]) for token in response.ids.tolist()],
             **{

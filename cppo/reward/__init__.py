@@ -9,11 +9,14 @@ from cppo.reward.functions import (
     resolve,
 )
 from cppo.reward.grader import Grader
+from cppo.reward.second_look import SECOND_LOOKS, SecondLook
 
 __all__ = [
+    "SECOND_LOOKS",
     "Grader",
     "Reward",
     "RewardFunction",
+    "SecondLook",
     "accuracy",
     "close",
     "default_reward",

@@ -24,6 +24,7 @@ import logging
 import math
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -79,13 +80,14 @@ def well_formed(response: str) -> bool:
     )
 
 
-def extract_answer(response: str) -> str:
-    """The final answer in a canonical form to vote on, ``""`` where there is none.
+def extract_answer(response: str, final: Callable[[str], str | None] = final_answer) -> str:
+    """The final answer, as `final` reads it, in a canonical form to vote on; ``""`` where there is
+    none.
 
     Equal strings mean the same answer for what needs no algebra: ``(b)`` and ``B.`` give ``B``;
     ``1/2`` and ``0.50 cm`` give ``0.5`` (ten significant digits); texts are casefolded.
     """
-    answer = _clean(final_answer(response) or "")
+    answer = _clean(final(response) or "")
     return _canonical(_assigned(answer) or answer)
 
 

@@ -18,11 +18,16 @@ FORMAT_WEIGHT = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Reward:
-    """What one response earns. `total` trains; `accuracy` and `format` are reported, in [0, 1]."""
+    """What one response earns. `total` trains; the others, in [0, 1], are reported.
+
+    `second_look` is the accuracy of what the policy replied without the image, 0 where it was not
+    asked (see `cppo.reward.second_look`).
+    """
 
     total: float
     accuracy: float
     format: float
+    second_look: float = 0.0
 
 
 NOTHING = Reward(total=0.0, accuracy=0.0, format=0.0)

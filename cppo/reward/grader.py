@@ -29,7 +29,7 @@ _BOOTSTRAP = (
     "from cppo.reward.worker import serve; serve(int(sys.argv[2]))"
 )
 
-Item = tuple[str, str, str]
+Item = tuple[str, ...]
 _START_SECONDS = 120.0
 _MAX_FAILED_STARTS = 3
 
@@ -78,7 +78,7 @@ class Grader:
 
     A call that is late is ended with SIGKILL, whatever it is doing, and its worker is replaced. A
     call that fails in any way scores 0 and is counted in `failures` under its reason ("timeout",
-    "died", "not a number", "out of range" or "exception: <type>"), once for each distinct triple;
+    "died", "not a number", "out of range" or "exception: <type>"), once for each distinct item;
     the first of each reason is logged. Workers are fresh interpreters: they neither fork the
     trainer nor import its main module. They ignore Ctrl-C and end with their parent. POSIX only.
 
@@ -129,19 +129,20 @@ class Grader:
             raise
 
     def grade(self, items: Sequence[Item]) -> list[Reward]:
-        """Rewards of (response, answer, question) triples, in their order.
+        """Rewards of items, in their order: (response, answer, question), and a fourth where the
+        reward is of a reply too (see `cppo.reward.second_look`).
 
-        Identical triples are graded once. May be called from several threads; calls take turns.
+        Identical items are graded once. May be called from several threads; calls take turns.
 
         Raises:
-            ValueError: An item is not three strings, or the grader is closed.
+            ValueError: An item is not three strings, or four, or the grader is closed.
             RuntimeError: Workers can no longer be started.
         """
         for item in items:
-            if len(item) != 3 or not all(isinstance(part, str) for part in item):
+            if len(item) not in (3, 4) or not all(isinstance(part, str) for part in item):
                 raise ValueError(
                     f"item {item!r:.200} cannot be graded; expected three strings:"
-                    " (response, answer, question)"
+                    " (response, answer, question), or four, the last of them a reply"
                 )
         with self._lock:
             if self._closed:

@@ -2,7 +2,9 @@
 
 A response describes the picture, reasons, and answers. The same policy then answers the question
 from the description alone; the description is worth what this reply is. Pure functions: whoever
-rolls out samples a reply to `SecondLook.ask` and hands it to `SecondLook.grade`.
+rolls out samples a reply to `SecondLook.ask` (see `cppo.ask_again`) and has it graded with the
+response. The grades are reward functions: they run in a `Grader`'s workers, and without a reply
+they say what the response itself is worth, as in an evaluation.
 
 Vision-SR1 (2508.19652): `<description>`, `<think>`, then a boxed answer; 0.9 accuracy + 0.1 format
 + 1.0 accuracy of the reply. Visionary-R1 (2505.14677): `<info>`, `<think>`, `<answer>`; accuracy +
@@ -32,13 +34,20 @@ class SecondLook:
 
     `instruction` is appended to the question that comes with the image. `ask` takes a response and
     the question without its image placeholders, and returns what to ask without the image, or None
-    where there is nothing to ask about. `grade` takes the response, the reply to that (None where
-    nothing was asked), the gold answer and the question.
+    where there is nothing to ask about. `grade` is a function of a module, since a `Grader` imports
+    it by `spec`: of the response, the gold answer, the question and the reply, which is left out
+    where nothing was asked. `final` reads a response's own final answer, None where there is none.
     """
 
     instruction: str
     ask: Callable[[str, str], str | None]
-    grade: Callable[[str, str | None, str, str], Reward]
+    grade: Callable[..., Reward]
+    final: Callable[[str], str | None]
+
+    @property
+    def spec(self) -> str:
+        """The reward as `cppo.reward.resolve` takes it."""
+        return f"{self.grade.__module__}:{self.grade.__qualname__}"
 
 
 def section(response: str, tag: str) -> str | None:
@@ -93,12 +102,12 @@ def sr1_ask(response: str, question: str) -> str | None:
     )
 
 
-def sr1_reward(response: str, reply: str | None, answer: str, question: str) -> Reward:
+def sr1_reward(response: str, answer: str, question: str, reply: str | None = None) -> Reward:
     """``0.9 * accuracy + 0.1 * format + accuracy of the reply``; the question is not used."""
     correct, formed = accuracy(response, answer), float(sr1_well_formed(response))
     again = 0.0 if reply is None else accuracy(reply, answer)
     total = ACCURACY_WEIGHT * correct + FORMAT_WEIGHT * formed + again
-    return Reward(total=total, accuracy=correct, format=formed)
+    return Reward(total=total, accuracy=correct, format=formed, second_look=again)
 
 
 # --- Visionary-R1 --------------------------------------------------------------------------------
@@ -127,15 +136,20 @@ def visionary_ask(response: str, question: str) -> str | None:
     )
 
 
-def visionary_reward(response: str, reply: str | None, answer: str, question: str) -> Reward:
+def visionary_answer(response: str) -> str | None:
+    """What stands between its answer tags; without them an answer is none."""
+    return section(response, "answer")
+
+
+def visionary_reward(response: str, answer: str, question: str, reply: str | None = None) -> Reward:
     """``accuracy + format + 0.1 * accuracy of the reply``; the question is not used."""
     formed, again = float(visionary_well_formed(response)), 0.0
-    correct = float(same_answer(section(response, "answer") or "", answer))
+    correct = float(same_answer(visionary_answer(response) or "", answer))
     if reply is not None and not declines(reply):
         given = section(reply, "answer") or final_answer(reply) or reply.strip()
         again = float(same_answer(given, answer))
     total = correct + formed + CAPTION_WEIGHT * again
-    return Reward(total=total, accuracy=correct, format=formed)
+    return Reward(total=total, accuracy=correct, format=formed, second_look=again)
 
 
 def declines(reply: str) -> bool:
@@ -152,6 +166,7 @@ SECOND_LOOKS: dict[str, SecondLook] = {
         ),
         ask=sr1_ask,
         grade=sr1_reward,
+        final=final_answer,
     ),
     "visionary_r1": SecondLook(
         instruction=(
@@ -161,5 +176,6 @@ SECOND_LOOKS: dict[str, SecondLook] = {
         ),
         ask=visionary_ask,
         grade=visionary_reward,
+        final=visionary_answer,
     ),
 }

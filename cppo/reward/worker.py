@@ -1,8 +1,8 @@
 """The worker process of a grader: calls a reward function, and answers over a socket.
 
-One JSON value a line. To the worker: the set-up, then (response, answer, question) triples. From
-it: {ready} or {unable}, then {reward, reason, detail}; a failure has a reason. It imports no torch,
-so that it starts quickly.
+One JSON value a line. To the worker: the set-up, then what the function is called with, item by
+item. From it: {ready} or {unable}, then {reward, reason, detail}; a failure has a reason. It
+imports no torch, so that it starts quickly.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import traceback
 
 from cppo.reward.answers import same_answer
 from cppo.reward.functions import NOTHING, Reward, default_reward, resolve
+from cppo.reward.second_look import SECOND_LOOKS
 
 
 def _as_reward(value: object) -> tuple[Reward, str, str]:
@@ -31,11 +32,12 @@ def _as_reward(value: object) -> tuple[Reward, str, str]:
         value = Reward(total=total, accuracy=min(max(total, 0.0), 1.0), format=0.0)
     if not isinstance(value, Reward):
         return NOTHING, "not a number", f"{returned}; expected a finite float or a Reward"
-    parts = (value.total, value.accuracy, value.format)
+    shares = (value.accuracy, value.format, value.second_look)
+    parts = (value.total, *shares)
     if not all(isinstance(part, (int, float)) and math.isfinite(part) for part in parts):
         return NOTHING, "not a number", f"{returned}; its numbers must be finite"
-    if not (0 <= value.accuracy <= 1 and 0 <= value.format <= 1):
-        return NOTHING, "out of range", f"{returned}; accuracy and format lie in [0, 1]"
+    if not all(0 <= share <= 1 for share in shares):
+        return NOTHING, "out of range", f"{returned}; all but the total lie in [0, 1]"
     return Reward(**{name: float(part) for name, part in vars(value).items()}), "", ""
 
 
@@ -70,7 +72,8 @@ def serve(descriptor: int) -> None:
     _confine(setup["memory_bytes"])
     try:
         function = resolve(setup["spec"])
-        if function is default_reward:  # the parser's first uses take half a second
+        ours = [default_reward, *(look.grade for look in SECOND_LOOKS.values())]
+        if function in ours:  # the parser's first uses take half a second
             same_answer(r"\frac{x}{\sqrt 2} + 2^3 \pi", r"8\pi + \frac{\sqrt{2}}{2} x")
             same_answer(r"8.5", r"\frac{17\sqrt{4}}{4}")
     except BaseException as error:  # noqa: BLE001 - told to the parent, which raises it

@@ -35,11 +35,11 @@ class GroupCache:
     prompts, and then in one for each token."""
 
     def __init__(
-        self, lengths: Sequence[int], responses: int, device: torch.device | str = "cpu"
+        self, lengths: Sequence[int], responses: Sequence[int], device: torch.device | str = "cpu"
     ) -> None:
-        """For prompts of these lengths, with as many `responses` each."""
+        """For prompts of these lengths, each with so many `responses`."""
         self._prompts = Pieces.of(lengths, device)
-        self._group = torch.arange(len(lengths)).repeat_interleave(responses)  # (S,)
+        self._group = torch.arange(len(lengths)).repeat_interleave(torch.tensor(responses))  # (S,)
         self._layers: dict[int, _Held] = {}
         self._sampled = 0
         self._line_up()

@@ -8,6 +8,7 @@ Shapes: P prompts, S responses being sampled, D hidden size.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from cppo.rollout.cache import GroupCache
 
 
 class Decoder(Protocol):
-    """The responses to some prompts, as many to each."""
+    """The responses to some prompts, those to the same one side by side."""
 
     def begin(self) -> Tensor:
         """Runs the prompts. Returns the states that predict the responses' first tokens, (S, D)."""
@@ -35,18 +36,22 @@ class Decoder(Protocol):
 
 
 def decoder(policy: Policy, prompts: Sequence[Prompt], responses: int) -> Decoder:
+    """For `responses` to each prompt; one that follows itself is run once."""
     assert not any(prompt.blind for prompt in prompts), "blind prompts are only scored"
-    return (InGroups if policy.packs else InRows)(policy, prompts, responses)
+    runs = [list(run) for _, run in itertools.groupby(prompts, key=id)]
+    counts = [len(run) * responses for run in runs]
+    return (InGroups if policy.packs else InRows)(policy, [run[0] for run in runs], counts)
 
 
 class InGroups:
     """Prompts are packed, and each is run, and its keys and values are held, once for its group."""
 
-    def __init__(self, policy: Policy, prompts: Sequence[Prompt], responses: int) -> None:
-        self._policy, self._prompts, self._responses = policy, prompts, responses
+    def __init__(self, policy: Policy, prompts: Sequence[Prompt], counts: Sequence[int]) -> None:
+        self._policy, self._prompts = policy, prompts
         lengths = [len(prompt.ids) for prompt in prompts]
-        self._cache = GroupCache(lengths, responses, policy.device)
-        self._positions = _first_positions(prompts, responses, policy.device)
+        self._cache = GroupCache(lengths, counts, policy.device)
+        self._group = _group(counts, policy.device)
+        self._positions = _first_positions(prompts, self._group)
 
     def begin(self) -> Tensor:
         prompts, device = self._prompts, self._policy.device
@@ -57,7 +62,7 @@ class InGroups:
             torch.cat([prompt.image_mask for prompt in prompts])[None].to(device),
             encode_images(self._policy, prompts),
         )
-        return hidden[0, ends.to(device)].repeat_interleave(self._responses, dim=0)
+        return hidden[0, ends.to(device)[self._group]]
 
     def advance(self, tokens: Tensor) -> Tensor:
         self._cache.advance()
@@ -81,9 +86,10 @@ class InGroups:
 class InRows:
     """Prompts are padded on the left, and transformers' cache is copied for each response."""
 
-    def __init__(self, policy: Policy, prompts: Sequence[Prompt], responses: int) -> None:
-        self._policy, self._prompts, self._responses = policy, prompts, responses
-        self._positions = _first_positions(prompts, responses, policy.device)
+    def __init__(self, policy: Policy, prompts: Sequence[Prompt], counts: Sequence[int]) -> None:
+        self._policy, self._prompts = policy, prompts
+        self._group = _group(counts, policy.device)
+        self._positions = _first_positions(prompts, self._group)
         self._cache: Any = None
         self._mask: Tensor | None = None  # (S, positions so far), where prompts are padded
 
@@ -103,10 +109,10 @@ class InRows:
             lined_up([prompt.image_mask for prompt in prompts]),
             encode_images(self._policy, prompts),
         )
-        self._cache.batch_repeat_interleave(self._responses)
+        self._cache.batch_select_indices(self._group)
         if self._mask is not None:
-            self._mask = self._mask.repeat_interleave(self._responses, dim=0)
-        return hidden.repeat_interleave(self._responses, dim=0)
+            self._mask = self._mask[self._group]
+        return hidden[self._group]
 
     def advance(self, tokens: Tensor) -> Tensor:
         if self._mask is not None:
@@ -135,8 +141,13 @@ class InRows:
         return hidden
 
 
-def _first_positions(prompts: Sequence[Prompt], responses: int, device: torch.device) -> Tensor:
+def _group(counts: Sequence[int], device: torch.device) -> Tensor:
+    """The prompt that each response belongs to, (S,), where prompts have so many responses."""
+    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(device)
+
+
+def _first_positions(prompts: Sequence[Prompt], group: Tensor) -> Tensor:
     """Of each response's first token, (axes, S, 1)."""
-    first = torch.tensor([prompt.next_position for prompt in prompts], device=device)
+    first = torch.tensor([prompt.next_position for prompt in prompts], device=group.device)
     axes = prompts[0].positions.shape[0]
-    return first.repeat_interleave(responses)[None, :, None].expand(axes, -1, -1)
+    return first[group][None, :, None].expand(axes, -1, -1)

@@ -41,7 +41,10 @@ class Response:
 def generate(
     policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, generator: torch.Generator
 ) -> Iterator[list[Response]]:
-    """Yields `sampling.responses` responses for each prompt, in order."""
+    """Yields `sampling.responses` responses for each prompt, in order.
+
+    A prompt that follows itself, the same object, is run once for all its responses.
+    """
     step = max(1, sampling.batch_responses // sampling.responses)
     for start in range(0, len(prompts), step):
         # A generator that yielded within would leave its caller without gradients meanwhile.
