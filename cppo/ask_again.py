@@ -39,27 +39,22 @@ def ask_again(
             text = look.ask(response.text, question)
             if text is not None:
                 asking.setdefault(text, []).append((number, place))
+    tokens = policy.tokenizer.added_tokens_decoder.values()
+    special = [token.content for token in tokens if token.special]
     asked: list[Prompt] = []
     whose: list[tuple[int, int]] = []
     for text, places in asking.items():
-        again = _without_image(policy, prompts[places[0][0]], text)
-        if again is not None:
-            asked += [again] * len(places)
-            whose += places
+        if any(token in text for token in special):
+            continue
+        item = replace(prompts[places[0][0]].item, images=(), question=text)
+        try:
+            again = encode_item(policy, item, instruction="", max_tokens=NO_LIMIT)
+        except BadRow:  # it holds what stands for an image
+            continue
+        asked += [again] * len(places)
+        whose += places
     replies: list[list[str | None]] = [[None] * len(responses) for responses in answered]
     given = generate(policy, asked, replace(sampling, responses=1), generator)
     for (number, place), (reply,) in zip(whose, given, strict=True):
         replies[number][place] = reply.text
     return replies
-
-
-def _without_image(policy: Policy, prompt: Prompt, text: str) -> Prompt | None:
-    """A prompt of this text alone; None where that is not what the tokenizer would make of it."""
-    tokens = policy.tokenizer.added_tokens_decoder.values()
-    if any(token.special and token.content in text for token in tokens):
-        return None
-    item = replace(prompt.item, images=(), question=text)
-    try:
-        return encode_item(policy, item, instruction="", max_tokens=NO_LIMIT)
-    except BadRow:  # it holds what stands for an image
-        return None
