@@ -14,11 +14,11 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
+PEER = "TRL's GRPO, one view"
 COLOURS = {
+    "plain padded, three views": "#8C8C8C",
     "cppo, three views": "#0072B2",
     "cppo's grpo, one view": "#56B4E9",
-    "TRL's GRPO, one view": "#D55E00",
-    "plain padded, three views": "#8C8C8C",
 }
 Entry = dict[str, Any]
 
@@ -43,26 +43,26 @@ def main() -> None:
 
 
 def draw_updates(rows: list[Entry]) -> Any:
-    """Seconds of one update, all four ways, at each shape."""
-    shapes = list(
-        dict.fromkeys(r["what"] for r in rows if re.match(r"update, [\d, and]+\+[^:]*$", r["what"]))
-    )
-    figure, axes = plt.subplots(figsize=(8, 0.9 * len(shapes) + 0.8))
+    """Time of an update over the peer's, at each shape."""
+    shapes = list(dict.fromkeys(r["what"] for r in rows if r["what"].startswith("update, ")))
+    shapes = [shape for shape in shapes if ":" not in shape]
+    figure, axes = plt.subplots(figsize=(8, 0.75 * len(shapes) + 0.8))
     for place, shape in enumerate(shapes):
-        seconds = _seconds([row for row in rows if row["what"] == shape])
+        times = _over_peer([row for row in rows if row["what"] == shape])
         for number, (name, colour) in enumerate(COLOURS.items()):
-            height = place + 0.2 * (number - 1.5)
-            axes.barh(height, seconds[name], 0.18, color=colour, label=name if not place else None)
-            axes.text(seconds[name], height, f" {seconds[name]:.1f}", va="center", fontsize=8)
+            height = place + 0.26 * (number - 1)
+            axes.barh(height, times[name], 0.24, color=colour, label=name if not place else None)
+            axes.text(times[name], height, f" {times[name]:.2f}", va="center", fontsize=8)
+    axes.axvline(1, color="#D55E00", linewidth=1.5, label=PEER)
     axes.set_yticks(range(len(shapes)), [shape.removeprefix("update, ") for shape in shapes])
     axes.invert_yaxis()
-    axes.set_xlabel("seconds an update, less is better")
-    axes.legend(frameon=False, loc="lower right", fontsize=9)
+    axes.set_xlabel(f"time of an update over {PEER}")
+    _legend(figure, axes)
     return figure
 
 
 def draw_growth(rows: list[Entry]) -> Any:
-    """Seconds of an update over the size of a group, the prompt's and the responses' length."""
+    """The same by the size of a group, the length of its prompt and of its responses."""
     panels = {
         "group of ": "responses in a group",
         "prompt of ": "tokens of the prompt",
@@ -76,30 +76,34 @@ def draw_growth(rows: list[Entry]) -> Any:
                 shapes.setdefault(int(found[1]), []).append(row)
         sizes = sorted(shapes)
         for name, colour in COLOURS.items():
-            values = [_seconds(shapes[size])[name] for size in sizes]
+            values = [_over_peer(shapes[size])[name] for size in sizes]
             axes.plot(sizes, values, "o-", color=colour, label=name, markersize=4)
+        axes.axhline(1, color="#D55E00", linewidth=1.5, label=PEER)
         axes.set_xlabel(label)
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.set_yscale("log")
+        ticks = (0.125, 0.25, 0.5, 1, 2, 4)
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
-    all_axes[0].set_ylabel("seconds an update")
-    figure.legend(
-        *all_axes[0].get_legend_handles_labels(),
-        loc="upper center",
-        ncols=4,
-        frameon=False,
-        bbox_to_anchor=(0.5, 1.06),
-    )
+    all_axes[0].set_ylabel(f"time over {PEER}")
+    _legend(figure, all_axes[0])
     return figure
 
 
-def _seconds(rows: list[Entry]) -> dict[str, float]:
-    """Medians by name, of one shape's rows."""
-    found = {}
-    for row in rows:
-        found[row["subject"]] = statistics.median(row["subject_values"])
-        found.setdefault(row["peer"], statistics.median(row["peer_values"]))
+def _legend(figure: Any, axes: Any) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="lower center", ncols=4, frameon=False, bbox_to_anchor=(0.5, 0.92)
+    )
+
+
+def _over_peer(rows: list[Entry]) -> dict[str, float]:
+    """Each of one shape, as often as the peer's time; `plain` is compared with ours alone."""
+    ratios = {(r["subject"], r["peer"]): statistics.median(r["ratios"]) for r in rows}
+    found = {name: ratios.get((name, PEER), 0.0) for name in COLOURS}
+    ours, plain = "cppo, three views", "plain padded, three views"
+    found[plain] = found[ours] / ratios[ours, plain]
     return found
 
 
