@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,11 @@ def test_a_resumed_run_replaces_in_tensorboard_what_it_rewound(tmp_path: Path) -
     for step in (1, 2, 3, 4):
         first.log_metrics(step, {"loss": 1.0})
     first.close()
+    # TensorBoard reads files in the order of the second in their names; a resumed run starts later.
+    [file] = (tmp_path / "tensorboard").iterdir()
+    file.rename(
+        file.with_name(re.sub(r"(?<=tfevents\.)\d+", lambda s: f"{int(s[0]) - 1}", file.name))
+    )
     second = RunFolder(tmp_path)
     second.rewind(2)
     second.log_metrics(3, {"loss": 2.0})
