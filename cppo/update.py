@@ -25,6 +25,8 @@ from cppo.objective import aggregate, count_units
 from cppo.policy import Prompt, Row, packed_tokens
 from cppo.processes import Processes
 
+AS_IT_IS = ""  # among views, the image itself
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sample:
@@ -93,10 +95,7 @@ class Updater:
         for number, micro_batch in enumerate(micro_batches):
             last = number + 1 == len(micro_batches)
             with contextlib.nullcontext() if last else self._processes.no_sync(self._scorer):
-                constant = ahead[number].constant if ahead else self._constant(micro_batch)
-                tokens = self._score(micro_batch, [view for view in views if view.gradient])
-                tokens = replace(tokens, views={**tokens.views, **constant})
-                plan = ahead[number].plan if ahead else self._method.plan(_detached(tokens))
+                tokens, plan = self._learn(micro_batch, ahead[number] if ahead else None)
                 if denominators is None:
                     plans = [a.plan for a in ahead] or [plan]
                     if unscored:  # not in every process: nothing of it is gathered
@@ -131,7 +130,7 @@ class Updater:
         found: dict[int, Tensor] = {}
         with torch.no_grad():
             for micro_batch in self._cut(samples, ()):
-                logprobs = (scorer or self._scorer)(_rows(micro_batch)).logprobs.cpu()
+                logprobs = (scorer or self._scorer)(_flat(_rows(micro_batch, ()))).logprobs.cpu()
                 for sample, row in zip(micro_batch, logprobs, strict=True):
                     found[id(sample)] = row[: len(sample.ids)]
         return [found[id(sample)] for sample in samples]
@@ -146,9 +145,9 @@ class Updater:
             groups.setdefault(id(sample.prompt), []).append(sample)
         cut: list[list[Sample]] = []
         for group in groups.values():
-            whole = self._tokens(group, views) <= self._budget
+            whole = self._cost(group, views) <= self._budget
             for part in [group] if whole else [[sample] for sample in group]:
-                if cut and self._tokens([*cut[-1], *part], views) <= self._budget:
+                if cut and self._cost([*cut[-1], *part], views) <= self._budget:
                     cut[-1] += part
                 else:
                     cut.append([*part])
@@ -157,16 +156,9 @@ class Updater:
         idle = [replace(shortest, views={}, idle=True)]
         return cut + [idle] * (most - len(cut))
 
-    def _tokens(self, samples: Sequence[Sample], views: Sequence[View]) -> int:
+    def _cost(self, samples: Sequence[Sample], views: Sequence[View]) -> int:
         """What samples cost on their image and on the views they have."""
-        rows = _rows(samples)
-        for view in views:
-            rows += [
-                Row(prompt=s.views[view.name], response=s.ids)
-                for s in samples
-                if view.name in s.views
-            ]
-        return self._count_tokens(rows)
+        return self._count_tokens(_flat(_rows(samples, views)))
 
     def _plan_ahead(self, micro_batches: Sequence[Sequence[Sample]]) -> list[_Ahead]:
         """Plans for the whole mini-batch at once; views without gradient are scored here only.
@@ -176,61 +168,78 @@ class Updater:
         needed = [view for view in self._method.views if view.detects or not view.gradient]
         constant = [view.name for view in needed if not view.gradient]
         detecting = [view for view in needed if view.detects]
-        with torch.no_grad():
-            scored = [self._score(batch, needed, seen_beside=detecting) for batch in micro_batches]
-            plans = _split(self._method.plan(_joined(scored)), scored)
+        scored = [self._score(batch, needed, seen_beside=detecting) for batch in micro_batches]
+        plans = _split(self._method.plan(_joined(scored)), scored)
         return [
             _Ahead(plan=plan, constant={name: tokens.views[name] for name in constant})
             for plan, tokens in zip(plans, scored, strict=True)
         ]
 
+    def _learn(self, samples: Sequence[Sample], ahead: _Ahead | None) -> tuple[Tokens, Plan]:
+        """The pass with gradient, and the plan: known ahead, or made on the way, of what it reads.
+
+        Of a view that the plan does not read, only the tokens that it chose go on to the
+        vocabulary.
+        """
+        views = [view for view in self._method.views if view.gradient]
+        later = [view for view in views if view.read_on and (ahead or not view.detects)]
+        rows = _rows(samples, [view for view in views if view not in later])
+        chosen = _on_views(samples, later, rows[AS_IT_IS])
+        constant = ahead.constant if ahead else self._constant(samples)
+        plans = [ahead.plan] if ahead else []
+
+        def tokens_of(scores: Scores) -> Tokens:
+            tokens = self._tokens(samples, {**rows, **chosen}, scores)
+            return replace(tokens, views={**tokens.views, **constant})
+
+        def choose(scores: Scores) -> list[Tensor]:
+            if not plans:
+                plans.append(self._method.plan(_detached(tokens_of(scores))))
+            return [
+                plans[0].averages[view.read_on].mask[number, : len(row.response)]
+                for view in later
+                for number, row in chosen[view.name].items()
+            ]
+
+        scores = self._scorer(_flat(rows), _flat(chosen), choose)
+        return tokens_of(scores), plans[0]
+
     def _constant(self, samples: Sequence[Sample]) -> dict[str, Scores]:
         """Scores on the views without gradient, and on nothing else."""
         views = [view for view in self._method.views if not view.gradient]
-        with torch.no_grad():
-            tokens = self._score(samples, views, seen_beside=())
+        tokens = self._score(samples, views, seen_beside=())
         return {view.name: tokens.views[view.name] for view in views}
 
     def _score(
-        self,
-        samples: Sequence[Sample],
-        views: Sequence[View],
-        *,
-        seen_beside: Sequence[View] | None = None,
+        self, samples: Sequence[Sample], views: Sequence[View], *, seen_beside: Sequence[View]
     ) -> Tokens:
-        """Scores samples on the views they have, and on their image, in one forward pass; the rest
-        is zero. On their image all, or only those that one of `seen_beside` is scored for."""
-        blank = self._unscored(samples)
-        names = None if seen_beside is None else {view.name for view in seen_beside}
-        seen = {
-            number: Row(prompt=sample.prompt, response=sample.ids)
-            for number, sample in enumerate(samples)
-            if names is None or names & sample.views.keys()
+        """Scores samples without gradient on the views they have, and those that one of
+        `seen_beside` is scored for on their image; the rest is zero."""
+        rows, names = _rows(samples, views), {view.name for view in seen_beside}
+        rows[AS_IT_IS] = {
+            number: row
+            for number, row in rows[AS_IT_IS].items()
+            if names & samples[number].views.keys()
         }
-        rows_of = {"": seen}
-        for view in views:
-            rows_of[view.name] = {
-                number: Row(
-                    prompt=sample.views[view.name],
-                    response=sample.ids,
-                    against=seen[number] if view.full_divergence else None,
-                )
-                for number, sample in enumerate(samples)
-                if view.name in sample.views
-            }
-        rows = [row for rows in rows_of.values() for row in rows.values()]
-        if not rows:
-            return blank
-        scores, start, found = self._scorer(rows), 0, {}
-        for name, own in rows_of.items():
-            if not own:
-                continue
-            places = torch.tensor([*own], dtype=torch.long, device=self._device)
-            found[name] = _spread(scores, slice(start, start + len(own)), places, blank.mask)
-            start += len(own)
-        as_is = found.pop("", blank.seen)
-        known = self._known(samples, as_is)
-        return replace(blank, seen=as_is, views={**blank.views, **found}, **known)
+        if not _flat(rows):
+            return self._unscored(samples)
+        with torch.no_grad():
+            return self._tokens(samples, rows, self._scorer(_flat(rows)))
+
+    def _tokens(
+        self, samples: Sequence[Sample], rows: Mapping[str, Mapping[int, Row]], scores: Scores
+    ) -> Tokens:
+        """Tokens of samples, given the scores of their rows, in order; zero where there is none."""
+        blank, start = self._unscored(samples), 0
+        found = {AS_IT_IS: blank.seen, **blank.views}
+        for name, own in rows.items():
+            if own:
+                places = torch.tensor([*own], dtype=torch.long, device=self._device)
+                part = slice(start, start + len(own))
+                found[name] = _spread(scores, part, places, blank.mask)
+                start += len(own)
+        seen = found.pop(AS_IT_IS)
+        return replace(blank, seen=seen, views=found, **self._known(samples, seen))
 
     def _unscored(self, samples: Sequence[Sample]) -> Tokens:
         """Tokens of samples as far as they are known without the policy."""
@@ -347,18 +356,33 @@ class Updater:
         return next(self._scorer.parameters()).device
 
 
-def _rows(samples: Sequence[Sample]) -> list[Row]:
-    return [Row(prompt=s.prompt, response=s.ids) for s in samples]
+def _rows(samples: Sequence[Sample], views: Sequence[View]) -> dict[str, dict[int, Row]]:
+    """Each sample's row on its image, and on those of the views that it has: by view, `AS_IT_IS`
+    the first, and by the sample's number."""
+    seen = {n: Row(prompt=s.prompt, response=s.ids) for n, s in enumerate(samples)}
+    return {AS_IT_IS: seen, **_on_views(samples, views, seen)}
 
 
-def _combined(function: Callable[..., Tensor], *scores: Scores) -> Scores:
-    """The same of each statistic; of the divergence only where all have one."""
-    divergences = [each.divergence for each in scores]
-    return Scores(
-        logprobs=function(*(each.logprobs for each in scores)),
-        entropy=function(*(each.entropy for each in scores)),
-        divergence=None if any(d is None for d in divergences) else function(*divergences),
-    )
+def _on_views(
+    samples: Sequence[Sample], views: Sequence[View], seen: Mapping[int, Row]
+) -> dict[str, dict[int, Row]]:
+    """The rows on views alone; `seen` are the same samples' rows on their images."""
+    return {
+        view.name: {
+            number: Row(
+                prompt=sample.views[view.name],
+                response=sample.ids,
+                against=seen[number] if view.full_divergence else None,
+            )
+            for number, sample in enumerate(samples)
+            if view.name in sample.views
+        }
+        for view in views
+    }
+
+
+def _flat(rows: Mapping[str, Mapping[int, Row]]) -> list[Row]:
+    return [row for of_view in rows.values() for row in of_view.values()]
 
 
 def _spread(scored: Scores, rows: slice, places: Tensor, mask: Tensor) -> Scores:
@@ -370,12 +394,12 @@ def _spread(scored: Scores, rows: slice, places: Tensor, mask: Tensor) -> Scores
         blank = values.new_zeros(mask.shape)
         return blank.index_copy(0, places, pad(own, (0, width - own.shape[1])))
 
-    return _combined(put, scored)
+    return Scores.combined(put, scored)
 
 
 def _detached(tokens: Tokens) -> Tokens:
-    still = {name: _combined(Tensor.detach, scores) for name, scores in tokens.views.items()}
-    return replace(tokens, seen=_combined(Tensor.detach, tokens.seen), views=still)
+    still = {name: Scores.combined(Tensor.detach, scores) for name, scores in tokens.views.items()}
+    return replace(tokens, seen=Scores.combined(Tensor.detach, tokens.seen), views=still)
 
 
 def _joined(parts: Sequence[Tokens]) -> Tokens:
@@ -390,9 +414,10 @@ def _joined(parts: Sequence[Tokens]) -> Tokens:
         mask=join(*(part.mask for part in parts)),
         advantages=torch.cat([part.advantages for part in parts]),
         old_logprobs=join(*(part.old_logprobs for part in parts)),
-        seen=_combined(join, *(part.seen for part in parts)),
+        seen=Scores.combined(join, *(part.seen for part in parts)),
         views={
-            name: _combined(join, *(part.views[name] for part in parts)) for name in parts[0].views
+            name: Scores.combined(join, *(part.views[name] for part in parts))
+            for name in parts[0].views
         },
         reference_logprobs=None,
     )

@@ -43,6 +43,7 @@ class Counts:
     rollout: Counter[str]
     update: Counter[str]
     samples: list[Sample]
+    perception: int  # tokens that the plan chose
 
     @property
     def mattering(self) -> list[Sample]:
@@ -94,11 +95,16 @@ def count(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
                 rollout = Counter(counts)
                 counts.clear()
                 by_group = [trainer.collector.samples(group, 1) for group in groups]
-                trainer._update(groups, by_group, 1)
+                metrics = trainer._update(groups, by_group, 1)
         finally:
             trainer.close()
         samples = [sample for group in by_group for sample in group]
-        found = Counts(rollout=rollout, update=Counter(counts), samples=samples)
+        found = Counts(
+            rollout=rollout,
+            update=Counter(counts),
+            samples=samples,
+            perception=int(metrics.get("perception_tokens", 0)),
+        )
         assert 0 < len(found.positive) < len(found.mattering)  # there is something to leave out
         return found
 
@@ -166,7 +172,10 @@ def test_views_are_processed_seen_and_read_once_for_positive_responses(count: An
     assert found.update["processed"] == 2 * pictures_of(positive)
     assert found.update["seen"] == pictures_of(mattering) + 2 * pictures_of(positive)
     assert found.update["read"] == tokens_of(mattering) + 2 * tokens_of(positive)
-    assert found.update["projected"] == responses_of(mattering) + 2 * responses_of(positive)
+    # Of the preserving view, which detects nothing, only the perception tokens.
+    whole = responses_of(mattering) + responses_of(positive)
+    assert found.update["projected"] == whole + found.perception
+    assert 0 < found.perception < responses_of(positive)
 
 
 def test_a_frozen_tower_sees_no_picture_again_that_it_saw_in_the_rollout(count: Any) -> None:
@@ -209,3 +218,6 @@ def test_several_micro_batches_cost_a_pass_more_over_what_detects_and_no_other(c
     assert found.update["read"] == apart(mattering) + 2 * apart(positive) + 2 * apart(positive)
     assert found.update["seen"] == len(mattering) + 4 * len(positive)
     assert found.update["processed"] == 2 * pictures_of(positive)
+    # First what detects; then what the loss reads, which is known.
+    detecting = 2 * responses_of(positive)
+    assert found.update["projected"] == detecting + responses_of(mattering) + 2 * found.perception

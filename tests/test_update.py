@@ -365,10 +365,10 @@ def test_micro_batches_keep_to_their_budget_and_groups_together(
     cut = cutter._cut(samples, method.views)
     assert sorted(id(s) for batch in cut for s in batch) == sorted(map(id, samples))
     for batch in cut:
-        assert len(batch) == 1 or cutter._tokens(batch, method.views) <= budget
+        assert len(batch) == 1 or cutter._cost(batch, method.views) <= budget
     for prompt in {sample.prompt for sample in samples}:
         group = [sample for sample in samples if sample.prompt is prompt]
-        if cutter._tokens(group, method.views) <= budget:
+        if cutter._cost(group, method.views) <= budget:
             assert sum(any(s.prompt is prompt for s in batch) for batch in cut) == 1
 
 

@@ -133,6 +133,7 @@ class CPPO(GRPO):
             draw=self.draw,
             gradient="preserved" not in self.stop_gradient,
             positive_only=self.gate,
+            read_on="perception",
             full_divergence=self.divergence == "full",
         )
         learns = "removed" not in self.stop_gradient

@@ -29,8 +29,10 @@ class View:
     the image as it is, of the responses that it is scored for; they are then scored before the
     loss. A plan reads no scores of other responses: they may be zero. `positive_only`: only
     responses with a positive advantage are scored, `nonzero_only`: only those with an advantage;
-    for the others the view's tensors hold zeros. `full_divergence`: the divergence of the policy on
-    the image from that on this view is computed over the whole vocabulary too.
+    for the others the view's tensors hold zeros. `read_on`: the loss reads this view on the tokens
+    of the plan's average of this name, and on no others, which may be zero; empty: on all.
+    `full_divergence`: the divergence of the policy on the image from that on this view is computed
+    over the whole vocabulary too.
     """
 
     name: str
@@ -41,6 +43,7 @@ class View:
     detects: bool = False
     positive_only: bool = False
     nonzero_only: bool = False
+    read_on: str = ""
     full_divergence: bool = False
 
     def __post_init__(self) -> None:
@@ -67,6 +70,16 @@ class Scores:
     logprobs: Tensor
     entropy: Tensor
     divergence: Tensor | None = None
+
+    @staticmethod
+    def combined(function: Callable[..., Tensor], *scores: Scores) -> Scores:
+        """The same of each statistic; of the divergence only where all have one."""
+        divergences = [each.divergence for each in scores]
+        return Scores(
+            logprobs=function(*(each.logprobs for each in scores)),
+            entropy=function(*(each.entropy for each in scores)),
+            divergence=None if any(d is None for d in divergences) else function(*divergences),
+        )
 
 
 def _alone(values_B: Tensor) -> Tensor:

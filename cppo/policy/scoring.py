@@ -8,7 +8,7 @@ Shapes: R rows, T response tokens (right-padded), F image tokens of all prompts 
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +35,23 @@ class Scorer(nn.Module):
         self._temperature = temperature
         self._arrange = pack if policy.packs else pad_rows
 
-    def forward(self, rows: Sequence[Row]) -> Scores:
+    def forward(
+        self,
+        rows: Sequence[Row],
+        later: Sequence[Row] = (),
+        choose: Callable[[Scores], Sequence[Tensor]] | None = None,
+    ) -> Scores:
         """Scores each row's response tokens; (R, T), zero on padding. T is the longest response.
 
         Where rows are to be held against others, so are their divergences, zero for the rest.
+
+        `later` follow `rows` in the result. They go through the model in the same pass; but which
+        of their tokens go on to the vocabulary, `choose` says, given the scores of `rows`: a mask,
+        (length,) bool, for each. On the others they are zero.
         """
         policy, device = self._policy, self._policy.device
-        batch = self._arrange(rows, device)
+        every = [*rows, *later]
+        batch = self._arrange(every, device)
         with policy.autocast():
             hidden = policy.family.hidden_states(
                 policy.base,
@@ -52,44 +62,68 @@ class Scorer(nn.Module):
                 use_cache=False,
                 **batch.options,
             ).last_hidden_state.flatten(0, 1)
+        first = sum(len(row.response) for row in rows)
+        tokens = torch.arange(len(batch.before), device=device)
+        scores = self._project(every, hidden, batch.before, tokens[:first])
+        if choose is None:
+            return scores
+        chosen = torch.cat([tokens[:0].bool(), *choose(scores)])
+        rest = self._project(every, hidden, batch.before, tokens[first:][chosen])
+        return Scores.combined(torch.add, scores, rest)
+
+    def _project(
+        self, rows: Sequence[Row], hidden: Tensor, before: Tensor, tokens: Tensor
+    ) -> Scores:
+        """The scores of some of all rows' tokens, given by number; (R, T), zero elsewhere."""
+        policy, device = self._policy, self._policy.device
+
         # Weights that are trained are wide, and so are the states that the last norm gives: the
         # products would be too, at many times the cost on hardware that multiplies 16-bit numbers.
-        states, head = (
-            tensor.to(policy.precision) for tensor in (hidden[batch.before], policy.head)
-        )
+        def states(tokens: Tensor) -> Tensor:
+            return hidden[before[tokens]].to(policy.precision)
+
+        head = policy.head.to(policy.precision)
+        lengths = torch.tensor([len(row.response) for row in rows])
+        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
+
+        def spread(values: Tensor, tokens: Tensor) -> Tensor:
+            flat = values.new_zeros(len(before)).index_copy(0, tokens, values)
+            return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
+
         logprobs, entropy = self._backend.token_statistics(
-            states,
+            states(tokens),
             head,
-            torch.cat([row.response for row in rows]).to(device),
+            torch.cat([row.response for row in rows]).to(device)[tokens],
             temperature=self._temperature,
         )
-        lengths = [len(row.response) for row in rows]
-        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(device)
-        empty = logprobs.new_zeros(mask.shape)
         divergence = None
         if any(row.against for row in rows):
-            divergence = self._divergence(rows, states.split(lengths), head, empty)
+            beside = _beside(rows).to(device)
+            held = tokens[beside[tokens] >= 0]
+            divergence = token_divergence(
+                states(beside[held]), states(held), head, temperature=self._temperature
+            )
+            divergence = spread(divergence, held)
         return Scores(
-            logprobs=empty.masked_scatter(mask, logprobs),
-            entropy=empty.masked_scatter(mask, entropy),
+            logprobs=spread(logprobs, tokens),
+            entropy=spread(entropy, tokens),
             divergence=divergence,
         )
 
-    def _divergence(
-        self, rows: Sequence[Row], states: Sequence[Tensor], head: Tensor, empty: Tensor
-    ) -> Tensor:
-        """Of the rows that are to be held against others, (R, T); zero elsewhere."""
-        place = {id(row): number for number, row in enumerate(rows)}
-        pairs = [(place[id(row.against)], n) for n, row in enumerate(rows) if row.against]
-        divergence = token_divergence(
-            torch.cat([states[there] for there, _ in pairs]),
-            torch.cat([states[here] for _, here in pairs]),
-            head,
-            temperature=self._temperature,
-        )
-        lengths = torch.tensor([len(row.response) if row.against else 0 for row in rows])
-        mask = (torch.arange(empty.shape[1]) < lengths[:, None]).to(empty.device)
-        return empty.masked_scatter(mask, divergence)
+
+def _beside(rows: Sequence[Row]) -> Tensor:
+    """Of each token its counterpart in the row that its own is held against, by number; else -1."""
+    starts, start = {}, 0
+    for row in rows:
+        starts[id(row)] = start
+        start += len(row.response)
+    counterparts = [
+        torch.arange(len(row.response)) + starts[id(row.against)]
+        if row.against
+        else row.response.new_full(row.response.shape, -1)
+        for row in rows
+    ]
+    return torch.cat(counterparts)
 
 
 def encode_images(policy: Policy, prompts: Sequence[Prompt]) -> Tensor | None:
