@@ -83,6 +83,6 @@ def warm_start(difficulty: int, console: Console) -> Path:
     """The folder of the built-in policy, which is trained on first use."""
     folder = builtin.entry(difficulty)
     if not folder.exists():
-        with console.progress("warm start", builtin.WarmStart().steps) as show:
+        with console.progress("warm start", builtin.WarmStart.of(difficulty).steps) as show:
             builtin.ensure(difficulty, progress=lambda done: show(done, ""))
     return folder

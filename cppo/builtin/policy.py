@@ -3,8 +3,9 @@
 Supervised training in three phases: the language model learns form and reasoning from text alone;
 all of it learns to read; and it imitates a careless reader, who misreads words now and then and
 reasons on from there. A policy that imitates samples as carelessly, though it could read better:
-what pretrained models are like too, and what reinforcement learning mends. The result is cached in
-Hugging Face format.
+what pretrained models are like too, and what reinforcement learning mends. Half of the pictures it
+reads are altered as preserving views are, since those are to preserve what it reads, as they do for
+pretrained models. The result is cached in Hugging Face format.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from cppo.builtin.task import Puzzle, ShapesTask
 from cppo.data import PLACEHOLDER
+from cppo.perturb import perturb
 from cppo.policy.families.qwen_vl import QwenVL
 
 SPECIAL = {
@@ -47,6 +50,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 IMAGE_PIXELS = {"min_pixels": 56 * 56, "max_pixels": 224 * 224}
+ALTERATIONS = ("colour_jitter", "perspective", "rotation")  # what CPPO takes as preserving
 WARM_SEED = 20_260_101  # of the warm start's own puzzles and weights; no run uses it
 
 
@@ -58,12 +62,18 @@ class WarmStart:
     text_batch: int = 96
     read_steps: int = 130
     read_batch: int = 48
+    altered_share: float = 0.5  # of the pictures
     careless_steps: int = 25  # the last reading steps, on solutions of a careless reader
     careless_share: float = 0.1  # of the words it reads that are wrong
     puzzles: int = 3072
     matrix_rate: float = 0.012  # Muon's, for weight matrices
     other_rate: float = 6e-3  # AdamW's, for everything else
     seed: int = WARM_SEED
+
+    @classmethod
+    def of(cls, difficulty: int) -> WarmStart:
+        """The settings for a difficulty: more cells take longer to learn to read."""
+        return cls() if difficulty == 1 else cls(read_steps=260)
 
     @property
     def steps(self) -> int:
@@ -76,7 +86,7 @@ def entry(difficulty: int = 1, settings: WarmStart | None = None) -> Path:
     Its name changes with the task, the settings and this code.
     """
     code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-    settings = settings or WarmStart()
+    settings = settings or WarmStart.of(difficulty)
     key = hashlib.blake2b(code + repr((difficulty, settings)).encode(), digest_size=6).hexdigest()
     return cache_folder() / f"builtin-{difficulty}-{key}"
 
@@ -89,9 +99,10 @@ def ensure(
 ) -> Path:
     """The folder of the warm-started policy; trains it on first use.
 
-    `progress` is told the steps done, of `WarmStart.steps`.
+    `progress` is told the steps done, of `WarmStart.steps`. Without `settings`, those of
+    `WarmStart.of`.
     """
-    settings = settings or WarmStart()
+    settings = settings or WarmStart.of(difficulty)
     folder = entry(difficulty, settings)
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -243,7 +254,8 @@ def _reading_losses(
 ) -> Iterator[tuple[Tensor, float]]:
     puzzles = [task.puzzle(index) for index in range(settings.puzzles)]
     careless = _written(task, range(settings.puzzles), misread=settings.careless_share)
-    made = image_processor([puzzle.item.images[0] for puzzle in puzzles], return_tensors="pt")
+    pictures = [_picture(puzzle, index, settings) for index, puzzle in enumerate(puzzles)]
+    made = image_processor(pictures, return_tensors="pt")
     grids = made["image_grid_thw"]
     pixels = made["pixel_values"].view(len(puzzles), -1, made["pixel_values"].shape[-1])
     image_tokens = int(grids[0].prod()) // image_processor.merge_size**2
@@ -265,6 +277,15 @@ def _reading_losses(
         progress = step / settings.read_steps
         rate = min(1.0, (step + 1) / 20) * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
         yield _loss(logits, targets), rate
+
+
+def _picture(puzzle: Puzzle, index: int, settings: WarmStart) -> Image:
+    """The puzzle's picture: as it is, or altered in one of the ways that leave it readable."""
+    rng = np.random.default_rng([settings.seed, index])
+    [picture] = puzzle.item.images
+    if rng.random() >= settings.altered_share:
+        return picture
+    return perturb(picture, str(rng.choice(ALTERATIONS)), index)
 
 
 def _optimizers(model: Any, settings: WarmStart) -> list[torch.optim.Optimizer]:
