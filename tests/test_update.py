@@ -12,16 +12,19 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES, ITEMS, as_loaded, save_family
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from cppo.builtin import ShapesTask
+from cppo.data import Item
 from cppo.device import choose
 from cppo.methods import GRPO, METHODS, Average, Plan, Scores, Term, Tokens, View, build
 from cppo.objective import aggregate, count_units, divergence
 from cppo.policy import Policy, Row, Scorer, encode_item, encode_view, load
+from cppo.policy.padded import pad_rows
 from cppo.processes import Processes
 from cppo.update import Sample, Updater
 
@@ -38,6 +41,7 @@ WEIGHTS: dict[str, dict[str, Any]] = {  # so that what a method adds counts
     "vppo": {"scale_low": 0.2},
     "dvrp": {"masked_weight": 1.0, "noised_weight": 0.7, "view_entropy_weight": 0.5},
 }
+PUZZLES = tuple(map(ShapesTask(split="train", size=100, seed=3).read, (0, 3)))
 TOLERANCE = 1e-6  # relative; transformers' norms compute in float32 whatever the weights are
 
 
@@ -81,13 +85,13 @@ def make_scorer(policy: Policy) -> Scorer:
     return Scorer(policy, choose("cpu"), temperature=TEMPERATURE)
 
 
-def make_samples(policy: Policy, method: GRPO, *, every_view: bool = False) -> list[Sample]:
+def make_samples(
+    policy: Policy, method: GRPO, items: Sequence[Item] = PUZZLES, *, every_view: bool = False
+) -> list[Sample]:
     """Two prompts with three responses each, of ragged lengths and older policies."""
     random = torch.Generator().manual_seed(7)
-    task = ShapesTask(split="train", size=100, seed=3)
     scorer, samples = make_scorer(policy), []
-    for start in (0, 3):
-        item = task.read(start)
+    for start, item in zip((0, 3), items, strict=True):
         prompt = encode_item(policy, item, instruction="", max_tokens=999)
         shown = {v.name: encode_view(policy, prompt, v, seed=1, step=2) for v in method.views}
         for i in range(start, start + 3):
@@ -123,8 +127,12 @@ def budget(cut: str, samples: Sequence[Sample]) -> int:
     return {"whole": 1_000_000, "group": max(tokens), "sample": 1}[cut]
 
 
+def learning(policy: Policy) -> list[Tensor]:
+    return [p for p in policy.model.parameters() if p.requires_grad]
+
+
 def weights_of(policy: Policy) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in policy.model.parameters()])
+    return torch.cat([p.detach().flatten() for p in learning(policy)])
 
 
 def descend(
@@ -153,9 +161,11 @@ def descend(
     return change, metrics
 
 
-def plain_loss(policy: Policy, method: GRPO, samples: Sequence[Sample]) -> Tensor:
+def plain_loss(
+    policy: Policy, method: GRPO, samples: Sequence[Sample], scorer: Scorer | None = None
+) -> Tensor:
     """The loss of a whole batch by its definition, every response scored by itself."""
-    scorer = make_scorer(policy)
+    scorer = scorer or make_scorer(policy)
 
     def padded(rows: list[Tensor]) -> Tensor:
         return pad_sequence(rows, batch_first=True)
@@ -199,7 +209,10 @@ def plain_loss(policy: Policy, method: GRPO, samples: Sequence[Sample]) -> Tenso
 
 
 def plain_gradient(policy: Policy, loss: Tensor) -> Tensor:
-    gradients = torch.autograd.grad(loss, list(policy.model.parameters()))
+    # Some towers have parts that no feature passes.
+    gradients = torch.autograd.grad(
+        loss, learning(policy), allow_unused=True, materialize_grads=True
+    )
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
@@ -312,6 +325,26 @@ def test_gating_the_views_is_exact(policy: Policy, cut: str) -> None:
         assert gated_metrics[watched] == pytest.approx(metrics[watched], rel=1e-5), watched
     without = descend(policy, build("grpo"), gated, cut)[0]
     assert (change - without).norm() > 0.01 * without.norm()  # the contrast is there to be gated
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_takes_the_step_that_its_own_attention_over_padded_rows_gives(
+    family: str, tmp_path: Path, tokenizer: Any
+) -> None:
+    """However the batch is cut, gated or not; one of the prompts has several pictures."""
+    policy = load_policy(save_family(family, tmp_path, tokenizer))
+    method = build("cppo", {"weight": 1.0})
+    gated = make_samples(policy, method, ITEMS[:2])
+    everything = make_samples(policy, method, ITEMS[:2], every_view=True)
+    padded = make_scorer(policy)
+    padded._arrange = pad_rows
+    with as_loaded(policy):
+        expected = plain_gradient(policy, plain_loss(policy, method, everything, padded))
+    for samples in (gated, everything):
+        for cut in ("whole", "group", "sample"):
+            change, metrics = descend(policy, method, samples, cut)
+            check(change, expected)
+            assert metrics["perception_tokens"] > 0
 
 
 def test_each_picture_passes_the_vision_tower_once_a_scoring_call(policy: Policy) -> None:
