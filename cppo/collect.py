@@ -129,8 +129,7 @@ class Collector:
         ]
 
     def _roll_out(self, step: int, attempt: int) -> list[Group]:
-        items = self._feed.take(self._settings.prompts)
-        prompts = self._encoder.take(items)[self._rank :: self._world]
+        prompts = self._encoder.take(self._feed.take(self._settings.prompts))
         generator = torch.Generator(self._policy.device)
         drawn = view_seed(self._seed, f"rank {self._rank}", f"rollout {attempt}", step)
         generator.manual_seed(drawn)

@@ -101,6 +101,9 @@ class Trainer:
             self.ledger,
             seed=config.seed,
             check=self.encoder.check,
+            rank=self.processes.rank,
+            world=world,
+            gather=self.processes.gather,
         )
         self._prepare()
         self.grader = Grader(

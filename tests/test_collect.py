@@ -5,7 +5,6 @@ Everything is real: a small policy samples, worker processes grade.
 
 import json
 import shutil
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from threads import FakeGather, side_by_side
 
 from cppo.builtin import ShapesTask
 from cppo.collect import Collector, Encoder, Group
@@ -55,24 +55,6 @@ class OnePuzzle(ShapesTask):
         return replace(super().read(0), row=str(index), answer="red circle")
 
 
-class FakeGather:
-    """Stands in for gathering over processes: as many threads that wait for one another."""
-
-    def __init__(self, world: int) -> None:
-        self._barrier = threading.Barrier(world, timeout=60)
-        self._given: list[list[Any]] = [[] for _ in range(world)]
-
-    def of(self, rank: int) -> Callable[[list[Any]], list[Any]]:
-        def gather(values: list[Any]) -> list[Any]:
-            self._given[rank] = values
-            self._barrier.wait()
-            joined = [value for given in self._given for value in given]
-            self._barrier.wait()
-            return joined
-
-        return gather
-
-
 @pytest.fixture(scope="module")
 def policy(tiny_folder: Path) -> Policy:
     return load(str(tiny_folder), dtype=torch.float32, attention="sdpa")
@@ -104,7 +86,15 @@ def make_collector(
     max_new_tokens: int = 6,
 ) -> tuple[Collector, Feed]:
     encoder = Encoder(policy, instruction="", max_tokens=999)
-    feed = Feed(source or Puzzles(), SkipLedger(None, max_share=0.1), seed=5, check=encoder.check)
+    feed = Feed(
+        source or Puzzles(),
+        SkipLedger(None, max_share=0.1),
+        seed=5,
+        check=encoder.check,
+        rank=rank,
+        world=world,
+        gather=gather,
+    )
     collector = Collector(
         policy=policy,
         method=method,
@@ -144,7 +134,7 @@ def collect_in_two(
     policies: tuple[Policy, Policy], method: GRPO, grader: Grader, source: ShapesTask | None = None
 ) -> tuple[list[list[Group]], list[Feed]]:
     """One step of two processes."""
-    gather, groups = FakeGather(2), [[], []]
+    gather = FakeGather(2)
     made = [
         make_collector(
             policies[rank],
@@ -157,15 +147,7 @@ def collect_in_two(
         )
         for rank in (0, 1)
     ]
-
-    def run(rank: int) -> None:
-        groups[rank] = made[rank][0].collect(1)
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    groups = side_by_side(2, lambda rank: made[rank][0].collect(1))
     return groups, [feed for _, feed in made]
 
 

@@ -6,8 +6,9 @@ from collections.abc import Set
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from threads import FakeGather, side_by_side
 
 from cppo.data import BadRow, Feed, Item, SkipLedger, TooManySkipped, usable
 
@@ -166,6 +167,62 @@ def test_a_restored_feed_goes_on_with_the_very_next_item(taken: int, seed: int) 
     second.restore(saved)
     assert answers(second.take(30)) == answers(first.take(30))
     assert second.state() == first.state()
+
+
+class Counting(Numbers):
+    """Remembers what was read."""
+
+    def __init__(self, count: int, bad: Set[int] = frozenset()) -> None:
+        super().__init__(count, bad)
+        self.read_rows: list[int] = []
+
+    def read(self, index: int) -> Item:
+        self.read_rows.append(index)
+        return super().read(index)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.integers(2, 3),
+    st.lists(st.integers(0, 3).map(lambda n: 6 * n), min_size=1, max_size=4),
+    st.sets(st.integers(0, 8), max_size=5),
+)
+def test_several_processes_share_the_items_that_one_would_take(
+    world: int, sizes: list[int], bad: set[int]
+) -> None:
+    alone = feed(Numbers(9, bad))
+    expected = [answers(alone.take(n)) for n in sizes]
+    gather = FakeGather(world)
+    feeds = [
+        feed(Numbers(9, bad), rank=rank, world=world, gather=gather.of(rank))
+        for rank in range(world)
+    ]
+    shares = side_by_side(world, lambda rank: [answers(feeds[rank].take(n)) for n in sizes])
+    for rank in range(world):
+        assert shares[rank] == [taken[rank::world] for taken in expected]
+        assert feeds[rank].state() == alone.state()
+
+
+def test_each_process_reads_only_its_own_rows() -> None:
+    """So that a picture is decoded and prepared once, however many processes there are."""
+    gather, sources = FakeGather(2), [Counting(12), Counting(12)]
+    feeds = [feed(sources[r], rank=r, world=2, gather=gather.of(r)) for r in (0, 1)]
+    side_by_side(2, lambda rank: feeds[rank].take(12))
+    assert sorted(sources[0].read_rows + sources[1].read_rows) == list(range(12))
+
+
+def test_every_process_knows_of_the_rows_that_another_could_not_use() -> None:
+    gather, ledgers = FakeGather(2), [SkipLedger(None, max_share=0.1) for _ in range(2)]
+
+    def stopped(rank: int) -> str:
+        source = Numbers(100, bad=set(range(0, 100, 2)))
+        shared = Feed(source, ledgers[rank], seed=0, rank=rank, world=2, gather=gather.of(rank))
+        with pytest.raises(TooManySkipped) as caught:
+            shared.take(100)
+        return str(caught.value)
+
+    first, second = side_by_side(2, stopped)
+    assert first == second
 
 
 def test_a_feed_is_not_restored_onto_other_data_or_another_seed() -> None:

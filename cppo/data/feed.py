@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from cppo.data.item import BadRow, Item, Source
 from cppo.data.skips import SkipLedger
@@ -11,6 +12,9 @@ class Feed:
     """Items without end: every row once an epoch, in an order drawn from `seed` and the epoch.
 
     A row that cannot be used, or that `check` refuses with a BadRow, goes to the ledger instead.
+
+    Several processes share the reading: each decodes and checks its own rows alone, and `gather`
+    (a collective: the lists of all, joined) tells all of them which rows can be used.
     """
 
     def __init__(
@@ -20,30 +24,55 @@ class Feed:
         *,
         seed: int,
         check: Callable[[Item], None] | None = None,
+        rank: int = 0,
+        world: int = 1,
+        gather: Callable[[list[Any]], list[Any]] = lambda values: values,
     ) -> None:
         if len(dataset) == 0:
             raise ValueError("the source has no rows to feed from: give one that has some.")
         self._dataset, self._ledger, self._check = dataset, ledger, check
         self._seed = seed
+        self._rank, self._world, self._gather = rank, world, gather
         self._start(epoch=0)
 
     def take(self, n: int) -> list[Item]:
-        """The next `n` usable items, over as many epochs as that takes.
+        """This process's share of the next `n` usable items, over as many epochs as they take:
+        every `world`-th of them.
 
         TooManySkipped where the ledger stops the run; at the end of an epoch its share holds for
         any number of rows. ValueError where a whole epoch has not one usable row.
         """
-        items: list[Item] = []
-        while len(items) < n:
+        taken: list[int] = []
+        items: dict[int, Item] = {}
+        while len(taken) < n:
             if self._position == len(self._order):
                 self._end_epoch()
-            index = self._order[self._position]
-            self._position += 1
-            item = _read(self._dataset, index, self._ledger, self._check)
-            if item is not None:
-                self._usable += 1
-                items.append(item)
-        return items
+            end = self._position + n - len(taken)
+            block = self._order[self._position : end]
+            self._position += len(block)
+            read = {index: _read(self._dataset, index, self._check) for index in self._own(block)}
+            items |= {index: found for index, found in read.items() if isinstance(found, Item)}
+            verdicts = [
+                (index, found.row, found if isinstance(found, BadRow) else None)
+                for index, found in read.items()
+            ]
+            known = {index: (row, bad) for index, row, bad in self._gather(verdicts)}
+            for index in block:
+                _note(self._ledger, *known[index])
+                if known[index][1] is None:
+                    self._usable += 1
+                    taken.append(index)
+        # A bad row moves those after it on to another process, which then has not read them yet.
+        return [items.get(index) or self._read_again(index) for index in self._own(taken)]
+
+    def _own(self, values: list[int]) -> list[int]:
+        return values[self._rank :: self._world]
+
+    def _read_again(self, index: int) -> Item:
+        item = self._dataset.read(index)
+        if self._check is not None:
+            self._check(item)
+        return item
 
     def state(self) -> dict[str, int]:
         """Where the feed stands: what `restore` needs to go on with the very next item."""
@@ -86,26 +115,33 @@ def usable(
     """Every usable item once, in order and with its index; at the end the ledger's share holds
     for any number."""
     for index in range(len(dataset)):
-        item = _read(dataset, index, ledger, check)
-        if item is not None:
-            yield index, item
+        found = _read(dataset, index, check)
+        if isinstance(found, Item):
+            _note(ledger, found.row, None)
+            yield index, found
+        else:
+            _note(ledger, found.row, found)
     ledger.check()
 
 
-def _read(
-    dataset: Source, index: int, ledger: SkipLedger, check: Callable[[Item], None] | None
-) -> Item | None:
+def _read(dataset: Source, index: int, check: Callable[[Item], None] | None) -> Item | BadRow:
+    """The item, or what is wrong with its row, which it then names."""
     row = ""
     try:
         item = dataset.read(index)
         row = item.row
         if check is not None:
             check(item)
+        return item
     except BadRow as bad:
-        ledger.skipped(row or bad.row or str(index), bad)
-        return None
-    ledger.read(row)
-    return item
+        return BadRow(bad.reason, bad.detail, row=row or bad.row or str(index))
+
+
+def _note(ledger: SkipLedger, row: str, bad: BadRow | None) -> None:
+    if bad is None:
+        ledger.read(row)
+    else:
+        ledger.skipped(row, bad)
 
 
 def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
