@@ -217,9 +217,12 @@ def test_the_studies_of_the_repository_compare_what_they_are_to_compare() -> Non
     for name in ("study-methods", "study-methods-reduced"):
         assert loaded[name]["variants"] == {method: {"method": method} for method in methods}
     assert len(loaded["study-methods"].get("seeds", StudyConfig().seeds)) >= 5
-    options = [
+    all_options = [
         v.get("method_options", {}) for v in loaded["study-cppo-ablations"]["variants"].values()
     ]
+    options = [each for each in all_options if "keep" not in each]
+    adaptive = [each["keep"] for each in all_options if "keep" in each]
+    assert adaptive == ["rise_above", "share_of_rise"]
     default = dataclasses.asdict(METHODS["cppo"]())
     for option, values in {
         "fraction": {0.1, 0.25, 0.5, 1.0},

@@ -73,7 +73,7 @@ class WarmStart:
     @classmethod
     def of(cls, difficulty: int) -> WarmStart:
         """The settings for a difficulty: more cells take longer to learn to read."""
-        return cls() if difficulty == 1 else cls(read_steps=160)
+        return cls() if difficulty == 1 else cls(read_steps=200)
 
     @property
     def steps(self) -> int:
