@@ -198,17 +198,33 @@ def test_several_processes_share_the_items_that_one_would_take(
         for rank in range(world)
     ]
     shares = side_by_side(world, lambda rank: [answers(feeds[rank].take(n)) for n in sizes])
-    for rank in range(world):
-        assert shares[rank] == [taken[rank::world] for taken in expected]
-        assert feeds[rank].state() == alone.state()
+    for number, taken in enumerate(expected):
+        own = [shares[rank][number] for rank in range(world)]
+        assert sorted(answer for share in own for answer in share) == sorted(taken)
+        assert {len(share) for share in own} == {len(taken) // world}
+        if not bad:
+            assert own == [taken[rank::world] for rank in range(world)]
+    assert all(each.state() == alone.state() for each in feeds)
 
 
-def test_each_process_reads_only_its_own_rows() -> None:
+def test_each_row_is_read_by_one_process() -> None:
     """So that a picture is decoded and prepared once, however many processes there are."""
-    gather, sources = FakeGather(2), [Counting(12), Counting(12)]
-    feeds = [feed(sources[r], rank=r, world=2, gather=gather.of(r)) for r in (0, 1)]
-    side_by_side(2, lambda rank: feeds[rank].take(12))
-    assert sorted(sources[0].read_rows + sources[1].read_rows) == list(range(12))
+    gather, sources = FakeGather(2), [Counting(12, {0, 3, 5}), Counting(12, {0, 3, 5})]
+    checked: list[list[int]] = [[], []]
+    feeds = [
+        feed(
+            sources[rank],
+            rank=rank,
+            world=2,
+            gather=gather.of(rank),
+            check=lambda item, rank=rank: checked[rank].append(int(item.answer)),
+        )
+        for rank in (0, 1)
+    ]
+    taken = side_by_side(2, lambda rank: answers(feeds[rank].take(8)))
+    read = sources[0].read_rows + sources[1].read_rows
+    assert len(set(read)) == len(read)
+    assert taken == checked  # what it gets was checked there
 
 
 def test_every_process_knows_of_the_rows_that_another_could_not_use() -> None:

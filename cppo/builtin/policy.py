@@ -85,7 +85,9 @@ def entry(difficulty: int = 1, settings: WarmStart | None = None) -> Path:
 
     Its name changes with the task, the settings and this code.
     """
-    code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    here = Path(__file__).parent
+    files = [*sorted(here.glob("*.py")), here.parent / "perturb.py"]
+    code = b"".join(path.read_bytes() for path in files)
     settings = settings or WarmStart.of(difficulty)
     key = hashlib.blake2b(code + repr((difficulty, settings)).encode(), digest_size=6).hexdigest()
     return cache_folder() / f"builtin-{difficulty}-{key}"

@@ -13,8 +13,9 @@ class Feed:
 
     A row that cannot be used, or that `check` refuses with a BadRow, goes to the ledger instead.
 
-    Several processes share the reading: each decodes and checks its own rows alone, and `gather`
-    (a collective: the lists of all, joined) tells all of them which rows can be used.
+    Several processes share the reading: each decodes and checks the rows that it is to have, and
+    no others; `gather` (a collective: the lists of all, joined) tells all of them which of these
+    can be used.
     """
 
     def __init__(
@@ -37,42 +38,39 @@ class Feed:
 
     def take(self, n: int) -> list[Item]:
         """This process's share of the next `n` usable items, over as many epochs as they take:
-        every `world`-th of them.
+        every `world`-th row, and what takes the place of those that cannot be used.
 
         TooManySkipped where the ledger stops the run; at the end of an epoch its share holds for
         any number of rows. ValueError where a whole epoch has not one usable row.
         """
-        taken: list[int] = []
-        items: dict[int, Item] = {}
-        while len(taken) < n:
+        shares: list[list[int]] = [[] for _ in range(self._world)]
+        items: list[Item] = []
+        while sum(map(len, shares)) < n:
             if self._position == len(self._order):
                 self._end_epoch()
-            end = self._position + n - len(taken)
-            block = self._order[self._position : end]
+            lacking = self._lacking(n, shares)
+            block = self._order[self._position : self._position + len(lacking)]
             self._position += len(block)
-            read = {index: _read(self._dataset, index, self._check) for index in self._own(block)}
-            items |= {index: found for index, found in read.items() if isinstance(found, Item)}
-            verdicts = [
-                (index, found.row, found if isinstance(found, BadRow) else None)
-                for index, found in read.items()
-            ]
-            known = {index: (row, bad) for index, row, bad in self._gather(verdicts)}
-            for index in block:
-                _note(self._ledger, *known[index])
-                if known[index][1] is None:
+            own = [index for rank, index in zip(lacking, block, strict=False) if rank == self._rank]
+            read = [_read(self._dataset, index, self._check) for index in own]
+            items += [found for found in read if isinstance(found, Item)]
+            verdicts = [(found.row, None if isinstance(found, Item) else found) for found in read]
+            known = dict(self._gather([*zip(own, verdicts, strict=True)]))
+            for rank, index in zip(lacking, block, strict=False):
+                row, bad = known[index]
+                _note(self._ledger, row, bad)
+                if bad is None:
                     self._usable += 1
-                    taken.append(index)
-        # A bad row moves those after it on to another process, which then has not read them yet.
-        return [items.get(index) or self._read_again(index) for index in self._own(taken)]
+                    shares[rank].append(index)
+        return items
 
-    def _own(self, values: list[int]) -> list[int]:
-        return values[self._rank :: self._world]
-
-    def _read_again(self, index: int) -> Item:
-        item = self._dataset.read(index)
-        if self._check is not None:
-            self._check(item)
-        return item
+    def _lacking(self, n: int, shares: list[list[int]]) -> list[int]:
+        """The process that is to read each row that is still missing, in turn."""
+        return [
+            place % self._world
+            for place in range(n)
+            if place // self._world >= len(shares[place % self._world])
+        ]
 
     def state(self) -> dict[str, int]:
         """Where the feed stands: what `restore` needs to go on with the very next item."""

@@ -16,8 +16,8 @@ class SkipLedger:
 
     A line is {"row", "reason", "detail", "count"}, flushed at once; `count` numbers the lines of
     its reason. A row counts once however often it is met, and is not written again where `path`
-    has it with the same reason already, as after a resume. The share is that of the rows met by
-    this process.
+    has it with the same reason already, as after a resume. The share is that of the rows that this
+    ledger was told of.
     """
 
     def __init__(

@@ -9,6 +9,7 @@ Shapes: R rows, T response tokens (right-padded), F image tokens of all prompts 
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -62,27 +63,27 @@ class Scorer(nn.Module):
                 use_cache=False,
                 **batch.options,
             ).last_hidden_state.flatten(0, 1)
-        first = sum(len(row.response) for row in rows)
-        tokens = torch.arange(len(batch.before), device=device)
-        scores = self._project(every, hidden, batch.before, tokens[:first])
-        if choose is None:
-            return scores
-        chosen = torch.cat([tokens[:0].bool(), *choose(scores)])
-        rest = self._project(every, hidden, batch.before, tokens[first:][chosen])
-        return Scores.combined(torch.add, scores, rest)
-
-    def _project(
-        self, rows: Sequence[Row], hidden: Tensor, before: Tensor, tokens: Tensor
-    ) -> Scores:
-        """The scores of some of all rows' tokens, given by number; (R, T), zero elsewhere."""
-        policy, device = self._policy, self._policy.device
-
         # Weights that are trained are wide, and so are the states that the last norm gives: the
         # products would be too, at many times the cost on hardware that multiplies 16-bit numbers.
-        def states(tokens: Tensor) -> Tensor:
-            return hidden[before[tokens]].to(policy.precision)
-
         head = policy.head.to(policy.precision)
+        project = partial(self._project, every, hidden, batch.before, head)
+        first = sum(len(row.response) for row in rows)
+        tokens = torch.arange(len(batch.before), device=device)
+        scores = project(tokens[:first])
+        chosen = choose(scores) if choose else []
+        if not later:
+            return scores
+        return Scores.combined(torch.add, scores, project(tokens[first:][torch.cat([*chosen])]))
+
+    def _project(
+        self, rows: Sequence[Row], hidden: Tensor, before: Tensor, head: Tensor, tokens: Tensor
+    ) -> Scores:
+        """The scores of some of all rows' tokens, given by number; (R, T), zero elsewhere."""
+        device = self._policy.device
+
+        def states(tokens: Tensor) -> Tensor:
+            return hidden[before[tokens]].to(head.dtype)
+
         lengths = torch.tensor([len(row.response) for row in rows])
         mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
 
@@ -100,10 +101,14 @@ class Scorer(nn.Module):
         if any(row.against for row in rows):
             beside = _beside(rows).to(device)
             held = tokens[beside[tokens] >= 0]
-            divergence = token_divergence(
-                states(beside[held]), states(held), head, temperature=self._temperature
-            )
-            divergence = spread(divergence, held)
+            divergence = logprobs.new_zeros(mask.shape)
+            if len(held):
+                divergence = spread(
+                    token_divergence(
+                        states(beside[held]), states(held), head, temperature=self._temperature
+                    ),
+                    held,
+                )
         return Scores(
             logprobs=spread(logprobs, tokens),
             entropy=spread(entropy, tokens),
