@@ -1,7 +1,7 @@
 """The training loop: collect, score, update; with evaluation, checkpoints and a log around it.
 
-Every process draws the same prompts and takes its share of them. What is random depends on the
-seed, the step and the process alone, so that a resumed run goes on exactly as it would have.
+Processes agree on the prompts of a step, and each has its share of them. What is random depends on
+the seed, the step and the process alone, so that a resumed run goes on exactly as it would have.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from cppo.builtin import GRIDS, Puzzle, ShapesTask, WarmStart, ensure, label_tok
 from cppo.builtin import policy as policy_module
 from cppo.builtin.policy import IMAGE_PIXELS, SPECIAL, build_model
 from cppo.builtin.task import CELL_PIXELS, COLOURS, PLACES, SHAPES, render
+from cppo.methods.cppo import PRESERVED
 from cppo.policy import Policy, encode_item
 from cppo.policy.families.qwen_vl import PatchProjection, QwenVL
 from cppo.reward import default_reward
@@ -311,6 +312,25 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def entries(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_half_of_the_pictures_it_reads_are_altered_as_preserving_views_are() -> None:
+    task = ShapesTask(split="train", size=200, seed=1)
+    puzzles = [task.puzzle(index) for index in range(len(task))]
+    read = [policy_module._picture(p, n, WarmStart()) for n, p in enumerate(puzzles)]
+    # A preserving view may leave a picture as it is.
+    altered = [
+        r.tobytes() != p.item.images[0].tobytes() for r, p in zip(read, puzzles, strict=True)
+    ]
+    assert 0.3 < sum(altered) / len(altered) < 0.55
+    untouched = WarmStart(altered_share=0.0)
+    assert policy_module._picture(puzzles[0], 0, untouched) is puzzles[0].item.images[0]
+    assert set(policy_module.ALTERATIONS) == set(PRESERVED)
+
+
+def test_more_cells_are_read_for_longer() -> None:
+    assert WarmStart.of(1) == WarmStart()
+    assert WarmStart.of(2).read_steps > WarmStart.of(1).read_steps
 
 
 def test_the_policy_is_trained_once_and_then_found(

@@ -599,6 +599,13 @@ TRAINED_IN_TWO: dict[str, tuple[str, dict[str, Any], Sequence[Sequence[int]], st
     "unequal numbers of micro-batches": ("cppo", {"weight": 1.0}, ((0, 1, 2, 4, 5), (3,)), "group"),
     "views in one process alone": ("cppo", {"weight": 1.0}, ((0, 2, 3), (1, 4, 5)), "whole"),
     "one process idle": ("grpo", {"reference_kl": 0.5}, ((0, 1, 2, 3, 4, 5), ()), "group"),
+    "a plan that gathers": ("vppo", {"scale_low": 0.2}, ((0, 1, 2, 4, 5), (3,)), "whole"),
+    "divergences in full": (
+        "cppo",
+        {"weight": 1.0, "divergence": "full"},
+        ((0, 2), (1, 3, 4, 5)),
+        "group",
+    ),
     "sums over a constant": ("dr_grpo", {}, ((5, 0), (1, 2, 3, 4)), "sample"),
 }
 BROKEN = "one process not finite"

@@ -2,7 +2,9 @@
 
 A parameter costs a token two operations forward and four backward; so, for each pair of positions
 that see each other, do a layer's queries, keys and values. What cannot be avoided is one pass of
-each prompt and each picture a view, and of each response on the views that its loss needs.
+each prompt and each picture a view, and of each response on the views that its loss needs; and in
+the head, the policy's tokens on the image, all tokens on the view that detects, forward, and the
+perception tokens on both views.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ def measure(backend: Backend, repeats: int) -> list[Row]:
         spent, theirs, least = (
             count_operations(ours.update),
             count_operations(peer.update),
-            least_operations(batch),
+            least_operations(batch, perception_tokens=ours.update()["perception_tokens"]),
         )
         timed = compare(shape, {"ours": ours.update, "": lambda: None}, peer="", repeats=repeats)
         seconds = timed[0].subject_values
@@ -62,7 +64,7 @@ def _row(what: str, subject: str, peer: str, values: list[float], other: float, 
     )
 
 
-def least_operations(batch: Batch) -> float:
+def least_operations(batch: Batch, *, perception_tokens: float) -> float:
     """Of forward and backward, in a Qwen2.5-VL whose parameters all learn."""
     policy, total = batch.policy, 0.0
     views: list[list[tuple[Prompt, int]]] = [[(s.prompt, len(s.ids)) for s in batch.samples]]
@@ -77,15 +79,16 @@ def least_operations(batch: Batch) -> float:
         tokens = sum(len(prompt.ids) for prompt in prompts) + sum(own for _, own in responses)
         pairs = sum(len(p.ids) * (len(p.ids) + 1) / 2 for p in prompts)
         pairs += sum(own * prompt + own * (own + 1) / 2 for prompt, own in responses)
-        head = sum(own for _, own in responses) * policy.head.numel()
-        total += 2 * (layers * tokens + head) + width * pairs
+        total += 2 * layers * tokens + width * pairs
         patches = [len(prompt.pixels) for prompt in prompts]
         depth, hidden = len(tower.blocks), tower.config.hidden_size
         merged = _matrices([tower.merger]) / tower.config.spatial_merge_size**2
         seen = sum((depth - 1) * WINDOW_PATCHES * count + count**2 for count in patches)
         total += 2 * (_matrices([tower.patch_embed, *tower.blocks]) + merged) * sum(patches)
         total += 4 * hidden * seen
-    return 3 * total
+    learning = sum(len(s.ids) for s in batch.samples) + len(batch.views) * perception_tokens
+    detecting = sum(len(s.ids) for s in batch.samples if s.views) - perception_tokens
+    return 3 * total + 2 * policy.head.numel() * (3 * learning + detecting)
 
 
 def _matrices(modules: Sequence[Any]) -> int:

@@ -217,8 +217,8 @@ class Ours:
         self._samples = batch.samples if views else bare
         self.dtype = batch.policy.precision
 
-    def update(self) -> None:
-        self._updater.step(self._samples)
+    def update(self) -> dict[str, float]:
+        return self._updater.step(self._samples)
 
 
 # --- rows, as others have them --------------------------------------------------------------------

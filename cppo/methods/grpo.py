@@ -99,7 +99,8 @@ class GRPO:
         return advantages
 
     def plan(self, tokens: Tokens) -> Plan:
-        """What is decided before any gradient, for a whole mini-batch."""
+        """What is decided before any gradient, for a whole mini-batch: of scores that are detached,
+        and in the scorer's own pass, before views are projected of which the loss reads a part."""
         averages = {"policy": Average(mask=tokens.mask, mode=self.aggregation)}
         if self.reference_kl:
             averages["reference_kl"] = Average(mask=tokens.mask, mode=self.aggregation)
