@@ -17,7 +17,7 @@ import token_statistics
 import torch
 import update
 from measure import Row
-from subjects import THREE_BILLION
+from workload import THREE_BILLION
 
 from cppo.console import Console
 from cppo.device import resolve

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from measure import Row, compare, count_operations, peak_operations
-from subjects import SMALL, Batch, Ours, Trl, make_batch
+from subjects import Ours, Trl
 from update import shapes
+from workload import SMALL, Workload, make_workload
 
 from cppo.device import Backend
 from cppo.policy import Prompt
@@ -27,12 +28,12 @@ def measure(backend: Backend, repeats: int) -> list[Row]:
     peak = peak_operations(backend, torch.float32)
     rows = []
     for shape, images, responses in shapes():
-        batch = make_batch(backend, size=SMALL, image_tokens=images, response_tokens=responses)
-        ours, peer = Ours(batch, backend), Trl(batch)
+        work = make_workload(backend, size=SMALL, image_tokens=images, response_tokens=responses)
+        ours, peer = Ours(work, backend), Trl(work)
         spent, theirs, least = (
             count_operations(ours.update),
             count_operations(peer.update),
-            least_operations(batch, perception_tokens=ours.update()["perception_tokens"]),
+            least_operations(work, perception_tokens=ours.update()["perception_tokens"]),
         )
         timed = compare(shape, {"ours": ours.update, "": lambda: None}, peer="", repeats=repeats)
         seconds = timed[0].subject_values
@@ -64,12 +65,12 @@ def _row(what: str, subject: str, peer: str, values: list[float], other: float, 
     )
 
 
-def least_operations(batch: Batch, *, perception_tokens: float) -> float:
+def least_operations(work: Workload, *, perception_tokens: float) -> float:
     """Of forward and backward, in a Qwen2.5-VL whose parameters all learn."""
-    policy, total = batch.policy, 0.0
-    views: list[list[tuple[Prompt, int]]] = [[(s.prompt, len(s.ids)) for s in batch.samples]]
-    for name in batch.views:
-        views.append([(s.views[name], len(s.ids)) for s in batch.samples if name in s.views])
+    policy, total = work.policy, 0.0
+    views: list[list[tuple[Prompt, int]]] = [[(s.prompt, len(s.ids)) for s in work.samples]]
+    for name in work.views:
+        views.append([(s.views[name], len(s.ids)) for s in work.samples if name in s.views])
     config, tower = policy.language.config, policy.base.model.visual
     layers = _matrices(policy.language.layers)
     width = 4 * config.num_hidden_layers * config.hidden_size  # operations a pair of positions
@@ -86,8 +87,8 @@ def least_operations(batch: Batch, *, perception_tokens: float) -> float:
         seen = sum((depth - 1) * WINDOW_PATCHES * count + count**2 for count in patches)
         total += 2 * (_matrices([tower.patch_embed, *tower.blocks]) + merged) * sum(patches)
         total += 4 * hidden * seen
-    learning = sum(len(s.ids) for s in batch.samples) + len(batch.views) * perception_tokens
-    detecting = sum(len(s.ids) for s in batch.samples if s.views) - perception_tokens
+    learning = sum(len(s.ids) for s in work.samples) + len(work.views) * perception_tokens
+    detecting = sum(len(s.ids) for s in work.samples if s.views) - perception_tokens
     return 3 * total + 2 * policy.head.numel() * (3 * learning + detecting)
 
 

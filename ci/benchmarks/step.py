@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from measure import Row, synchronize
 from PIL import Image
-from subjects import SMALL, make_model
+from workload import SMALL, make_model
 
 from cppo.builtin.policy import build_tokenizer
 from cppo.config import (

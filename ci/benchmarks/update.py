@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import torch
 from measure import Row, compare, extra_bytes
-from subjects import SMALL, Naive, Ours, Size, Trl, make_batch
+from subjects import Naive, Ours, Trl
+from workload import SMALL, Size, make_workload
 
 from cppo.device import Backend
 
@@ -51,9 +52,9 @@ def one(
     naive: float | None = None,
     size: Size = SMALL,
 ) -> list[Row]:
-    batch = make_batch(backend, size=size, image_tokens=image_tokens, response_tokens=responses)
-    ours, bare = Ours(batch, backend), Ours(batch, backend, views=False)
-    peer, plain = Trl(batch), Naive(batch)
+    work = make_workload(backend, size=size, image_tokens=image_tokens, response_tokens=responses)
+    ours, bare = Ours(work, backend), Ours(work, backend, views=False)
+    peer, plain = Trl(work), Naive(work)
     subjects = {
         "cppo, three views": ours.update,
         "cppo's grpo, one view": bare.update,
@@ -92,7 +93,7 @@ def grow(backend: Backend, repeats: int) -> list[Row]:
 
 def at_scale(backend: Backend, repeats: int, size: Size) -> list[Row]:
     """Qwen2.5-VL-3B's shape in bf16 with gradient checkpointing: time and peak memory."""
-    batch = make_batch(
+    work = make_workload(
         backend,
         size=size,
         image_tokens=(1024,),
@@ -101,8 +102,8 @@ def at_scale(backend: Backend, repeats: int, size: Size) -> list[Row]:
         checkpointing=True,
     )
     what = "update, 3B shape, bf16, 1057 + 8 x 512 tokens"
-    ours = Ours(batch, backend)
-    peer = Trl(batch, checkpointing=True)
+    ours = Ours(work, backend)
+    peer = Trl(work, checkpointing=True)
     name, other = "cppo, three views", "TRL's GRPO, one view"
     rows = compare(
         what,
