@@ -273,10 +273,10 @@ class StudyConfig:
     """Variants of a run, compared over seeds on the built-in task.
 
     Args:
-        variants: Name -> settings of `cppo train` in which it differs from the base. The others are
-            compared with the first.
+        variants: Name -> settings of `cppo train` in which it differs from the base.
         base: Settings of `cppo train` for all runs.
         seeds: Each variant runs once with each.
+        baseline: The variant that the others are compared with; empty for the first.
         output: Folder of the study. What is done there is not done again.
         jobs: Runs side by side.
         threads: CPU threads of each run.
@@ -287,6 +287,7 @@ class StudyConfig:
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     base: dict[str, Any] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
+    baseline: str = ""
     output: str = "runs/study"
     jobs: int = 2
     threads: int = 1

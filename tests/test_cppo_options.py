@@ -312,6 +312,7 @@ def test_a_divergence_of_the_sampled_token_is_what_the_contrast_is_made_of() -> 
     [
         ({"keep": "most"}, "keep"),
         ({"threshold": -0.1}, "threshold"),
+        ({"keep": "rise_above", "threshold": 1.0}, "threshold"),
         ({"score": "entropy"}, "score"),
         ({"weight_schedule": "step"}, "weight_schedule"),
         ({"gate": "off"}, "gate"),

@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from tokens import GOLDEN, batch_of, check, every_response, golden_tokens, tokens_of, total
+from tokens import (
+    GOLDEN,
+    assert_gradients_are_the_finite_differences,
+    batch_of,
+    check,
+    every_response,
+    golden_tokens,
+    tokens_of,
+    total,
+)
 
 from cppo.methods import CPPO, GRPO, METHODS, PAPO, PGPO, VPPO, build
 from cppo.objective import aggregate
@@ -340,6 +349,15 @@ def test_terms_and_averages_have_the_same_names_and_plans_no_gradient(name: str)
     for average in plan.averages.values():
         assert average.mask.dtype == torch.bool
         assert not (average.mask & ~tokens.mask).any()
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if not build(name).views])
+def test_gradients_without_views_are_the_finite_differences(name: str) -> None:
+    """Ratios lie within every method's clip, that of GSPO too."""
+    tokens = batch_of([[1e-4, -2e-4, 5e-5], [0.0, 1e-4, -5e-5]], [1.5, -0.5])
+    reference = tokens.seen.logprobs + torch.tensor([[0.3, -0.2, 0.1], [0.0, 0.4, -0.5]])
+    tokens = replace(tokens, reference_logprobs=reference)
+    assert_gradients_are_the_finite_differences(build(name), tokens)
 
 
 def test_cppo_asks_for_its_views_for_positive_advantages_only() -> None:

@@ -229,8 +229,16 @@ def test_the_studies_of_the_repository_compare_what_they_are_to_compare() -> Non
         "gate": {True, False},
         "score": {"relative", "absolute", "divergence"},
         "weight": {0.003, 0.01, 0.03},
+        "divergence": {"k3", "full"},
+        "weight_schedule": {"constant", "linear"},
+        "removing_views": {1, 2},
+        "policy_term": {True, False},
     }.items():
         assert {each.get(option, default[option]) for each in options} == values
+    assert {(view,) for view in ("image", "removed")} <= {
+        tuple(each.get("stop_gradient", ())) for each in options
+    }
+    assert len([each for each in options if "removing" in each]) >= 4
     assert all(len(each) <= 1 for each in options)  # one at a time
 
 
@@ -260,6 +268,7 @@ def test_the_studies_of_the_repository_compare_what_they_are_to_compare() -> Non
         ({"variants": {}}, ["a study needs variants: give --config"]),
         ({"variants": {"grpo": 3}}, ['"variants"']),
         ({"seeds": []}, ["seeds is []"]),
+        ({"baseline": "cpo"}, ["baseline: variant 'cpo' is not known", "'cppo'?"]),
         ({"seeds": [1, 1]}, ["seeds is [1, 1]"]),
         ({"seeds": [-1]}, ["seeds is [-1]"]),
         ({"seed": [0]}, ["the setting 'seed' is not known; did you mean 'seeds'?"]),
@@ -711,7 +720,10 @@ def test_a_folder_in_which_a_study_is_at_work_is_refused(
 
 def record(run: Run, accuracy: float, **changes: Any) -> dict[str, Any]:
     """What a run leaves behind, with figures that are easy to follow."""
-    per_step = ("rollout_tokens", "update_tokens", "rollout_pictures", "update_pictures")
+    per_step = (
+        *("rollout_tokens", "update_tokens", "rollout_pictures", "update_pictures"),
+        "kept_groups",
+    )
     seconds = ("rollout_seconds", "views_seconds", "update_seconds", "peak_memory_gib")
     answers = {"as_it_is": accuracy, "preserved": accuracy, "removed": 0.1, "black": 0.0}
     return {
@@ -775,6 +787,16 @@ def test_variants_are_compared_on_the_seeds_that_both_have(tmp_path: Path) -> No
     assert "start, seed 0" in summary.missing
 
 
+def test_any_variant_can_be_the_baseline(tmp_path: Path) -> None:
+    study = by_hand(tmp_path, {"base": {0: 0.5, 1: 0.6}, "other": {0: 0.7, 1: 0.9}})
+    against = dataclasses.replace(study, config=dataclasses.replace(study.config, baseline="other"))
+    summary = summary_of(against)
+    [base, other] = summary.variants
+    assert base.differences["accuracy"].value == pytest.approx(-0.25)
+    assert other.differences == {}
+    assert "against other, points" in page(summary)
+
+
 def test_a_study_in_which_nothing_differs_says_so(tmp_path: Path) -> None:
     study = by_hand(tmp_path, {"base": {0: 0.5, 1: 0.6}, "like": {0: 0.6, 1: 0.5}})
     expected = "no variant's accuracy differs from that of base at the 5 % level"
@@ -797,6 +819,7 @@ def test_costs_are_multiples_of_the_baselines(tmp_path: Path) -> None:
     assert cost.rows[1][:4] == ("dear", "1.00", "5.50", "2.17")
     assert cost.rows[1][4] == "2.50"
     assert cost.rows[0][3:7] == ("1.00", "1.00", "1.00", "1.00")
+    assert cost.rows[0][cost.header.index("groups that teach")] == "1.0"
 
 
 def test_curves_are_drawn_with_their_bands(tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import BACKEND
 
+from cppo import cli
 from cppo.config import (
     DataConfig,
     EvaluationConfig,
@@ -103,8 +105,12 @@ def test_each_method_trains_and_leaves_a_whole_run_folder(
     asks_again = method in SECOND_LOOKS
     if asks_again:
         monkeypatch.setitem(SECOND_LOOKS, method, ASKING)
-    reward = "default" if asks_again else REWARD
-    summary = run(config(tiny_folder, method=method, reward=reward), tmp_path)
+    plain = config(tiny_folder, reward="default" if asks_again else REWARD)
+    settings = dataclasses.asdict(dataclasses.replace(plain, output=str(tmp_path)))
+    file = tmp_path.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump({n: v for n, v in settings.items() if n != "method"}))
+    assert cli.main(["train", "--config", str(file), "--method", method]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["finished"]
     assert summary["steps"] == 2
     metrics = lines(tmp_path / "metrics.jsonl")

@@ -108,6 +108,8 @@ class CPPO(GRPO):
         require("weight", self.weight, learns, "above 0 where policy_term is false")
         require("fraction", self.fraction, 0 < self.fraction <= 1, "above 0, at most 1")
         require("threshold", self.threshold, self.threshold >= 0, "at least 0")
+        reached = (self.keep, self.score) != ("rise_above", "relative") or self.threshold < 1
+        require("threshold", self.threshold, reached, "below 1: no relative rise reaches that")
         require("contrast_temperature", tau, tau > 0, "above 0")
         whole = isinstance(self.removing_views, int) and self.removing_views >= 1
         require("removing_views", self.removing_views, whole, "a whole number, at least 1")

@@ -35,7 +35,7 @@ class GRPO:
         reference_kl_schedule: How this weight falls to zero over the training: "constant" (it does
             not), "linear" or "cosine".
         resample: Groups without spread are replaced by new prompts (DAPO's dynamic sampling);
-            otherwise they are dropped.
+            otherwise they stay in the averages, and teach nothing.
     """
 
     clip_low: float = 0.2

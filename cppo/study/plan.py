@@ -60,7 +60,7 @@ class Study:
     @property
     def baseline(self) -> str:
         """The variant that the others are compared with."""
-        return self.variants[0]
+        return self.config.baseline or self.variants[0]
 
     def only(self, names: Sequence[str] | None) -> list[Run]:
         """The runs of these variants, and the start."""
@@ -77,6 +77,9 @@ def plan(config: StudyConfig) -> Study:
     if not config.variants:
         raise ValueError("a study needs variants: give --config, as configs/study-methods.yaml")
     _check_names(config)
+    if config.baseline and config.baseline not in config.variants:
+        known = nearest(config.baseline, list(config.variants))
+        raise ValueError(f"baseline: variant {config.baseline!r} is not known{known}")
     _check_keys(config.base, OWN, "base", "a study sets it itself (see measure and seeds)")
     start = replace(_train_config(config.base, config.measure, "base"), steps=0)
     made: dict[str, TrainConfig] = {}

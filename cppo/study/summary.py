@@ -42,6 +42,7 @@ QUANTITIES: Mapping[str, Callable[[Record], float | None]] = {
     "rollout_pictures": _per_step("rollout_pictures"),
     "update_tokens": _per_step("update_tokens"),
     "update_pictures": _per_step("update_pictures"),
+    "kept_groups": _per_step("kept_groups"),
     "peak_memory_gib": _peak,
     "run_seconds": lambda record: float(record["seconds"]),
 }

@@ -48,12 +48,13 @@ def introduction(summary: Summary) -> list[str]:
     facts = "; ".join(f"{name}: {', '.join(v)}" for name, v in summary.environment.items())
     paragraphs = [
         f"{len(summary.variants)} variants on the built-in task (difficulty "
-        f"{settings['dataset']['difficulty']}), with the same data and the same number of steps: "
-        f"{settings['steps']} steps of {rollout['prompts']} prompts with {rollout['responses']} "
-        f"responses each, at a learning rate of {settings['optimizer']['learning_rate']:g} unless "
-        f"a variant says otherwise. Seeds: {', '.join(map(str, summary.seeds))}. Measured at the "
-        f"end on {measure['items']} held-out items, {measure['k']} responses each, at temperature "
-        "1.",
+        f"{settings['dataset']['difficulty']}), with prompts in the same order and the same number "
+        f"of steps: {settings['steps']} steps of {rollout['prompts']} prompts with "
+        f"{rollout['responses']} responses each, at a learning rate of "
+        f"{settings['optimizer']['learning_rate']:g} unless a variant says otherwise. Methods that "
+        "resample draw more prompts for a step, and learn from more of them. Seeds: "
+        f"{', '.join(map(str, summary.seeds))}. Measured at the end on {measure['items']} held-out "
+        f"items, {measure['k']} responses each, at temperature 1.",
         "Brackets hold 95 % Student-t intervals over seeds. Differences are paired by seed: the "
         "same seed takes prompts in the same order, and all runs are measured on the same items, "
         "views and random numbers. p-values are two-sided, of a t-test on these differences; "
@@ -179,14 +180,15 @@ def _cost(summary: Summary) -> Table:
                 f"{seconds['views'] + seconds['update']:.2f}",
                 *(multiple(variant, name) for name in multiples),
                 f"{variant.means['rollout_pictures'].value:.1f}",
+                f"{variant.means['kept_groups'].value:.1f}",
                 f"{variant.means['peak_memory_gib'].value:.2f}",
             )
         )
     notes = [
         f"Means over steps and seeds; x: times what a step of {summary.baseline} takes. Counted "
         "are tokens that pass the language model and pictures that pass the vision tower, in the "
-        "update with those of all views and of the reference policy. Methods that resample sample "
-        "more prompts than they learn from. GiB: the process's peak memory."
+        "update with those of all views and of the reference policy. Groups teach whose rewards "
+        "differ. GiB: the process's peak memory."
     ]
     if base is not None:
         means = {name: base.means[name].value for name in multiples}
@@ -199,7 +201,7 @@ def _cost(summary: Summary) -> Table:
         title="Cost of a step",
         header=(
             *("variant", "rollout, s", "update, s", "both, x", "update tokens, x"),
-            *("update pictures, x", "rollout tokens, x", "prompts", "GiB"),
+            *("update pictures, x", "rollout tokens, x", "prompts", "groups that teach", "GiB"),
         ),
         rows=rows,
         notes=notes,
