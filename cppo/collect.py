@@ -16,7 +16,7 @@ from cppo.perturb import view_seed
 from cppo.policy import Policy, Prompt, encode_item, encode_view
 from cppo.reward import SECOND_LOOKS, Grader, Reward
 from cppo.rollout import Response, Sampling, generate
-from cppo.update import Sample
+from cppo.samples import Sample
 
 Gather = Callable[[list[Any]], list[Any]]  # lists of all processes, joined in order of rank
 

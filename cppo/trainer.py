@@ -34,8 +34,9 @@ from cppo.report.samples import describe
 from cppo.reward import SECOND_LOOKS, Grader, SecondLook, final_answer
 from cppo.rollout import Sampling
 from cppo.run_folder import RunFolder
+from cppo.samples import Sample
 from cppo.sources import open_data, open_policy
-from cppo.update import Sample, Updater
+from cppo.update import Updater
 
 logger = logging.getLogger(__name__)
 

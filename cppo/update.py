@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,23 +22,9 @@ from torch.nn.functional import pad
 
 from cppo.methods import GRPO, Average, Plan, Scores, Tokens, View
 from cppo.objective import aggregate, count_units
-from cppo.policy import Prompt, Row, packed_tokens
+from cppo.policy import Row, packed_tokens
 from cppo.processes import Processes
-
-AS_IT_IS = ""  # among views, the image itself
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Sample:
-    """One response to learn from."""
-
-    prompt: Prompt
-    ids: Tensor  # (length,)
-    advantage: float
-    views: Mapping[str, Prompt] = field(default_factory=dict)  # the prompt on those it needs
-    old_logprobs: Tensor | None = None  # (length,); None: the policy is still the one that sampled
-    reference_logprobs: Tensor | None = None  # (length,)
-    idle: bool = False  # scored to keep processes in step, and not counted
+from cppo.samples import AS_IT_IS, Sample, detached, flat, joined, on_views, rows_of, split, spread
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -130,7 +116,7 @@ class Updater:
         found: dict[int, Tensor] = {}
         with torch.no_grad():
             for micro_batch in self._cut(samples, ()):
-                logprobs = (scorer or self._scorer)(_flat(_rows(micro_batch, ()))).logprobs.cpu()
+                logprobs = (scorer or self._scorer)(flat(rows_of(micro_batch, ()))).logprobs.cpu()
                 for sample, row in zip(micro_batch, logprobs, strict=True):
                     found[id(sample)] = row[: len(sample.ids)]
         return [found[id(sample)] for sample in samples]
@@ -158,7 +144,7 @@ class Updater:
 
     def _cost(self, samples: Sequence[Sample], views: Sequence[View]) -> int:
         """What samples cost on their image and on the views they have."""
-        return self._count_tokens(_flat(_rows(samples, views)))
+        return self._count_tokens(flat(rows_of(samples, views)))
 
     def _plan_ahead(self, micro_batches: Sequence[Sequence[Sample]]) -> list[_Ahead]:
         """Plans for the whole mini-batch at once; views without gradient are scored here only.
@@ -169,7 +155,7 @@ class Updater:
         constant = [view.name for view in needed if not view.gradient]
         detecting = [view for view in needed if view.detects]
         scored = [self._score(batch, needed, seen_beside=detecting) for batch in micro_batches]
-        plans = _split(self._method.plan(_joined(scored)), scored)
+        plans = split(self._method.plan(joined(scored)), scored)
         return [
             _Ahead(plan=plan, constant={name: tokens.views[name] for name in constant})
             for plan, tokens in zip(plans, scored, strict=True)
@@ -183,8 +169,8 @@ class Updater:
         """
         views = [view for view in self._method.views if view.gradient]
         later = [view for view in views if view.read_on and (ahead or not view.detects)]
-        rows = _rows(samples, [view for view in views if view not in later])
-        chosen = _on_views(samples, later, rows[AS_IT_IS])
+        rows = rows_of(samples, [view for view in views if view not in later])
+        chosen = on_views(samples, later, rows[AS_IT_IS])
         constant = ahead.constant if ahead else self._constant(samples)
         plans = [ahead.plan] if ahead else []
 
@@ -194,14 +180,14 @@ class Updater:
 
         def choose(scores: Scores) -> list[Tensor]:
             if not plans:
-                plans.append(self._method.plan(_detached(tokens_of(scores))))
+                plans.append(self._method.plan(detached(tokens_of(scores))))
             return [
                 plans[0].averages[view.read_on].mask[number, : len(row.response)]
                 for view in later
                 for number, row in chosen[view.name].items()
             ]
 
-        scores = self._scorer(_flat(rows), _flat(chosen), choose)
+        scores = self._scorer(flat(rows), flat(chosen), choose)
         return tokens_of(scores), plans[0]
 
     def _constant(self, samples: Sequence[Sample]) -> dict[str, Scores]:
@@ -215,16 +201,16 @@ class Updater:
     ) -> Tokens:
         """Scores samples without gradient on the views they have, and those that one of
         `seen_beside` is scored for on their image; the rest is zero."""
-        rows, names = _rows(samples, views), {view.name for view in seen_beside}
+        rows, names = rows_of(samples, views), {view.name for view in seen_beside}
         rows[AS_IT_IS] = {
             number: row
             for number, row in rows[AS_IT_IS].items()
             if names & samples[number].views.keys()
         }
-        if not _flat(rows):
+        if not flat(rows):
             return self._unscored(samples)
         with torch.no_grad():
-            return self._tokens(samples, rows, self._scorer(_flat(rows)))
+            return self._tokens(samples, rows, self._scorer(flat(rows)))
 
     def _tokens(
         self, samples: Sequence[Sample], rows: Mapping[str, Mapping[int, Row]], scores: Scores
@@ -236,7 +222,7 @@ class Updater:
             if own:
                 places = torch.tensor([*own], dtype=torch.long, device=self._device)
                 part = slice(start, start + len(own))
-                found[name] = _spread(scores, part, places, blank.mask)
+                found[name] = spread(scores, part, places, blank.mask)
                 start += len(own)
         seen = found.pop(AS_IT_IS)
         return replace(blank, seen=seen, views=found, **self._known(samples, seen))
@@ -354,88 +340,6 @@ class Updater:
     @property
     def _device(self) -> torch.device:
         return next(self._scorer.parameters()).device
-
-
-def _rows(samples: Sequence[Sample], views: Sequence[View]) -> dict[str, dict[int, Row]]:
-    """Each sample's row on its image, and on those of the views that it has: by view, `AS_IT_IS`
-    the first, and by the sample's number."""
-    seen = {n: Row(prompt=s.prompt, response=s.ids) for n, s in enumerate(samples)}
-    return {AS_IT_IS: seen, **_on_views(samples, views, seen)}
-
-
-def _on_views(
-    samples: Sequence[Sample], views: Sequence[View], seen: Mapping[int, Row]
-) -> dict[str, dict[int, Row]]:
-    """The rows on views alone; `seen` are the same samples' rows on their images."""
-    return {
-        view.name: {
-            number: Row(
-                prompt=sample.views[view.name],
-                response=sample.ids,
-                against=seen[number] if view.full_divergence else None,
-            )
-            for number, sample in enumerate(samples)
-            if view.name in sample.views
-        }
-        for view in views
-    }
-
-
-def _flat(rows: Mapping[str, Mapping[int, Row]]) -> list[Row]:
-    return [row for of_view in rows.values() for row in of_view.values()]
-
-
-def _spread(scored: Scores, rows: slice, places: Tensor, mask: Tensor) -> Scores:
-    """These rows, put to their places in the shape of `mask` (B, T); zeros elsewhere."""
-    width = mask.shape[1]
-
-    def put(values: Tensor) -> Tensor:
-        own = values[rows, :width]
-        blank = values.new_zeros(mask.shape)
-        return blank.index_copy(0, places, pad(own, (0, width - own.shape[1])))
-
-    return Scores.combined(put, scored)
-
-
-def _detached(tokens: Tokens) -> Tokens:
-    still = {name: Scores.combined(Tensor.detach, scores) for name, scores in tokens.views.items()}
-    return replace(tokens, seen=Scores.combined(Tensor.detach, tokens.seen), views=still)
-
-
-def _joined(parts: Sequence[Tokens]) -> Tokens:
-    """One record of several, padded to the longest; without what plans do not read."""
-    width = max(part.mask.shape[1] for part in parts)
-
-    def join(*tensors: Tensor) -> Tensor:
-        return torch.cat([pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
-
-    return replace(
-        parts[0],
-        mask=join(*(part.mask for part in parts)),
-        advantages=torch.cat([part.advantages for part in parts]),
-        old_logprobs=join(*(part.old_logprobs for part in parts)),
-        seen=Scores.combined(join, *(part.seen for part in parts)),
-        views={
-            name: Scores.combined(join, *(part.views[name] for part in parts))
-            for name in parts[0].views
-        },
-        reference_logprobs=None,
-    )
-
-
-def _split(plan: Plan, parts: Sequence[Tokens]) -> list[Plan]:
-    """The plan of a joined record, cut back into its parts."""
-    plans, start = [], 0
-    for part in parts:
-        size, width = part.mask.shape
-        rows = slice(start, start + size)
-        averages = {
-            name: Average(mask=average.mask[rows, :width], mode=average.mode)
-            for name, average in plan.averages.items()
-        }
-        plans.append(Plan(advantages=plan.advantages[rows, :width], averages=averages))
-        start += size
-    return plans
 
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor, count: Tensor | int) -> None:

@@ -25,8 +25,8 @@ from cppo.config import (
     RolloutConfig,
     TrainConfig,
 )
+from cppo.samples import Sample
 from cppo.trainer import Trainer
-from cppo.update import Sample
 
 PROMPTS, RESPONSES = 2, 4
 

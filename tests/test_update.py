@@ -26,7 +26,8 @@ from cppo.objective import aggregate, count_units, divergence
 from cppo.policy import Policy, Row, Scorer, encode_item, encode_view, load
 from cppo.policy.padded import pad_rows
 from cppo.processes import Processes
-from cppo.update import Sample, Updater
+from cppo.samples import Sample
+from cppo.update import Updater
 
 TEMPERATURE = 0.8
 MAX_NEW_TOKENS = 12

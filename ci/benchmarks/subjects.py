@@ -17,7 +17,8 @@ from cppo.methods import Scores, build
 from cppo.objective import aggregate, clipped_surrogate, contrastive_perception_loss
 from cppo.policy import Prompt, Scorer
 from cppo.processes import Processes
-from cppo.update import Sample, Updater
+from cppo.samples import Sample
+from cppo.update import Updater
 
 # --- ours ----------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from cppo.methods import GRPO, build
 from cppo.policy import Policy, Prompt, encode_item, encode_view
 from cppo.policy.families.qwen_vl import QwenVL
 from cppo.policy.loading import place
-from cppo.update import Sample
+from cppo.samples import Sample
 
 WORDS_PER_PROMPT = 33  # tokens that are not the image's
 

@@ -22,7 +22,8 @@ from cppo.policy import Policy, Scorer, encode_item, encode_view
 from cppo.policy.families.qwen_vl import QwenVL
 from cppo.policy.loading import place
 from cppo.processes import Processes
-from cppo.update import Sample, Updater
+from cppo.samples import Sample
+from cppo.update import Updater
 
 PROMPTS = 4
 ADVANTAGES = (1.0, -1.0, 0.5, -0.5)  # of each prompt's responses
