@@ -39,8 +39,8 @@ class Memory:
     """Starts the peak anew at what is held now. Where the system cannot, logs a warning once and
     the peak goes on counting from the process's start."""
     release: Callable[[], None]
-    """Hands what PyTorch holds in reserve, and no tensor uses, back to the system. A run does so
-    between rollout and update, whose allocations have other sizes."""
+    """Hands what PyTorch holds in reserve, and no tensor uses, back to the system. On accelerators
+    a run does so between rollout and update, whose allocations have other sizes."""
     headroom_bytes: Callable[[], int]
     """What can still be allocated, PyTorch's own reserve included; a snapshot, other processes
     move it."""

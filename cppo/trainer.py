@@ -218,7 +218,9 @@ class Trainer:
         self.backend.memory.reset_peak()
         with _timed(seconds, "rollout_seconds"):
             groups = self.collector.collect(step)
-        self.backend.memory.release()  # caches of the rollout have other sizes than what follows
+        if self.backend.device != "cpu":
+            # What the rollout held has other sizes than what follows. The CPU's allocator joins it.
+            self.backend.memory.release()
         # Where groups without spread are replaced, those that are left over are no part of a batch.
         batch = [g for g in groups if not self.method.resample or g.teaches(self.method)]
         with _timed(seconds, "views_seconds"):

@@ -225,6 +225,22 @@ def test_wide_weights_in_narrow_precision_hold_narrow_keys(folder: Path) -> None
             assert tensor.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_autocast_casts_each_weight_once_for_all_tokens(
+    folder: Path, precision: torch.dtype
+) -> None:
+    """Inference mode makes tokens cheaper, but autocast keeps nothing there."""
+    policy = load(str(folder), dtype=torch.float32, precision=precision, attention="sdpa")
+    modes = []
+
+    def note(*given: Any) -> None:
+        modes.append(torch.is_inference_mode_enabled())
+
+    policy.family.language_model(policy.model).register_forward_pre_hook(note)
+    sample(policy, make_prompts(policy)[:1], max_new_tokens=3)
+    assert modes == [False] + 2 * [precision == torch.float32]
+
+
 # --- what is sampled ---------------------------------------------------------------------------
 
 

@@ -324,6 +324,23 @@ def test_the_time_out_between_processes_is_the_one_that_is_given(
     assert waits == [90.0]
 
 
+def test_an_accelerator_hands_back_between_rollout_and_update_what_the_rollout_held(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """A CPU's allocator joins it, and all that is handed back is cleared anew, page by page."""
+    handed_back = []
+    trainer = Trainer(config(tiny_folder, steps=2), tmp_path)
+    memory = dataclasses.replace(
+        trainer.backend.memory, release=lambda: handed_back.append("all of it")
+    )
+    trainer.backend = dataclasses.replace(trainer.backend, memory=memory)
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
+    assert len(handed_back) == (0 if trainer.backend.device == "cpu" else 2)
+
+
 def reward_beyond_one(response: str, answer: str, question: str) -> float:
     """All of it clips to the same accuracy."""
     return 1.0 + len(response)

@@ -7,6 +7,7 @@ float32 with SDPA; a step of theirs, a step of ours, and so on.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import tempfile
 import time
@@ -43,9 +44,12 @@ IMAGES, TOKENS = (
 OURS, PEER = "cppo, three views", "TRL's GRPO, one view"
 
 
-def odd(response: str, answer: str, question: str) -> float:
-    """Better or worse by chance, and the same for the same words."""
-    return float(sum(response.encode()) % 2)
+asked = itertools.count()
+
+
+def every_other(response: str, answer: str, question: str) -> float:
+    """Half of each group is better than it, as in the update's measurements."""
+    return float(next(asked) % 2)
 
 
 def measure(backend: Backend, name: str, repeats: int) -> list[Row]:
@@ -156,7 +160,7 @@ def _ours(name: str, folder: Path, repeats: int, response: int, prompts: int) ->
         method="cppo",
         model=str(folder / "model"),
         data=str(folder / "data"),
-        reward=f"{__name__}:odd",
+        reward=f"{__name__}:every_other",
         steps=repeats + 1,
         backend=name,
         precision="float32",
@@ -219,7 +223,7 @@ def _trls(
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=lambda completions, **columns: [
-            odd(c[0]["content"], "", "") for c in completions
+            every_other(completion[0]["content"], "", "") for completion in completions
         ],
         args=GRPOConfig(
             output_dir=str(folder / "trl"),

@@ -83,7 +83,9 @@ def _sample(
                 decoding.keep(kept)
         if not len(alive) or step + 1 == sampling.max_new_tokens:
             break
-        hidden = decoding.advance(token)
+        # Where there is autocast, its narrow copies of the weights would be made for each token.
+        with torch.inference_mode(not torch.is_autocast_enabled(device.type)):
+            hidden = decoding.advance(token)
 
     responses = [
         Response(
@@ -110,8 +112,18 @@ def _draw(
         probabilities = allowed.softmax(-1)
         if sampling.top_p < 1:
             probabilities = _nucleus(probabilities, sampling.top_p)
-        token = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        token = _one_of(probabilities, generator)
     return token, logprobs.gather(-1, token[:, None])[:, 0]
+
+
+def _one_of(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """A column for each row, by its share of the row's mass; (S, V) to (S,)."""
+    if probabilities.device.type != "cpu":
+        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    # It draws a number for each column, which a CPU does one by one; one for each row will do.
+    reached = probabilities.cumsum(-1, dtype=torch.float64)
+    drawn = torch.rand(len(reached), 1, dtype=torch.float64, generator=generator) * reached[:, -1:]
+    return torch.searchsorted(reached, drawn, right=True)[:, 0]
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
