@@ -73,7 +73,7 @@ class Updater:
         unscored = [sample for sample in samples if not (sample.idle or self.matters(sample))]
         views = self._method.views
         micro_batches = self._cut(scored or [replace(samples[0], idle=True)], views)
-        ahead = self._plan_ahead(micro_batches) if len(micro_batches) > 1 else []
+        ahead = self._plan_ahead(micro_batches) if self._is_split(micro_batches) else []
         self._optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
         finite = True
@@ -145,6 +145,12 @@ class Updater:
     def _cost(self, samples: Sequence[Sample], views: Sequence[View]) -> int:
         """What samples cost on their image and on the views they have."""
         return self._count_tokens(flat(rows_of(samples, views)))
+
+    def _is_split(self, micro_batches: Sequence[Sequence[Sample]]) -> bool:
+        """Whether a micro-batch cannot be learned from before all have been looked at."""
+        method = self._method
+        own = method.average_over == "micro-batch" and not method.compares_responses
+        return len(micro_batches) > 1 and not own
 
     def _plan_ahead(self, micro_batches: Sequence[Sequence[Sample]]) -> list[_Ahead]:
         """Plans for the whole mini-batch at once; views without gradient are scored here only.

@@ -139,11 +139,11 @@ def test_a_group_of_any_size_scores_as_its_responses_do_alone(
     rows = make_rows(policy, responses)
     together = scores_and_gradients(policy, [rows])
     assert_same(together, scores_and_gradients(policy, [[row] for row in rows]))
-    if adapted:  # and as in transformers' own attention, over padded rows
-        padded = Scorer(policy, choose("cpu"), temperature=0.7)
-        padded._arrange = pad_rows
-        with as_loaded(policy):
-            assert_same(together, scores_and_gradients(policy, [rows], padded))
+    # And as in transformers' own attention, over padded rows.
+    padded = Scorer(policy, choose("cpu"), temperature=0.7)
+    padded._arrange = pad_rows
+    with as_loaded(policy):
+        assert_same(together, scores_and_gradients(policy, [rows], padded))
 
 
 def assert_same(found: Sequence[Tensor], truth: Sequence[Tensor]) -> None:

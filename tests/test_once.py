@@ -74,12 +74,20 @@ def count(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Runs the first training step of a config with these changes."""
     monkeypatch.chdir(Path(__file__).parent)
 
-    def run(method: str, *, frozen: bool = False, tokens: int = 100_000, **changes: Any) -> Counts:
+    def run(
+        method: str,
+        *,
+        frozen: bool = False,
+        tokens: int = 100_000,
+        options: dict[str, Any] | None = None,
+        **changes: Any,
+    ) -> Counts:
         settings = TrainConfig(
             model=str(tiny_folder),
             data="builtin",
             reward="test_once:reward_parity",
             method=method,
+            method_options=options or {},
             steps=1,
             backend=os.environ[BACKEND],
             checkpoint_every=0,
@@ -221,3 +229,18 @@ def test_several_micro_batches_cost_a_pass_more_over_what_detects_and_no_other(c
     # First what detects; then what the loss reads, which is known.
     detecting = 2 * responses_of(positive)
     assert found.update["projected"] == detecting + responses_of(mattering) + 2 * found.perception
+
+
+def test_averages_of_micro_batches_alone_need_no_pass_more(count: Any) -> None:
+    found = count("cppo", tokens=1, options={"average_over": "micro-batch"})
+    alone = sum(tokens_of([sample]) for sample in found.samples)  # all have a part in an average
+    views = sum(tokens_of([sample]) for sample in found.positive)
+    assert found.update["read"] == alone + 2 * views
+
+
+def test_responses_that_are_compared_are_all_looked_at_first(count: Any) -> None:
+    """Though averages are of micro-batches alone; the masked view, which is constant, only then."""
+    found = count("vppo", tokens=1, options={"average_over": "micro-batch"})
+    alone = sum(tokens_of([sample]) for sample in found.samples)
+    compared = sum(tokens_of([sample]) for sample in found.mattering)
+    assert found.update["read"] == alone + 2 * compared

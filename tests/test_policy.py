@@ -141,7 +141,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor | None]:
 
 
 def assert_same_gradients(
-    found: dict[str, Tensor | None], truth: dict[str, Tensor | None], relative: float = 1e-4
+    found: dict[str, Tensor | None], truth: dict[str, Tensor | None], relative: float = 1e-5
 ) -> None:
     assert found.keys() == truth.keys()
     # A gradient that is zero by symmetry (of key biases) is rounding noise: measured by the whole.

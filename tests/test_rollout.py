@@ -235,6 +235,7 @@ def test_autocast_casts_each_weight_once_for_all_tokens(
 
     def note(*given: Any) -> None:
         modes.append(torch.is_inference_mode_enabled())
+        assert not torch.is_grad_enabled()
 
     policy.family.language_model(policy.model).register_forward_pre_hook(note)
     sample(policy, make_prompts(policy)[:1], max_new_tokens=3)

@@ -66,6 +66,11 @@ class GRPO:
         require_choice("average_over", self.average_over, Scope)
 
     @property
+    def compares_responses(self) -> bool:
+        """Whether a plan weighs the responses of a mini-batch against each other."""
+        return False
+
+    @property
     def policy_term(self) -> bool:
         """Whether advantages are in the loss."""
         return True

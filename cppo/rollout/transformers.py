@@ -5,6 +5,7 @@ Shapes: S responses being sampled, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -69,6 +70,9 @@ def _sample(
     lengths = torch.full((count,), sampling.max_new_tokens, device=device)
     finished = torch.zeros(count, dtype=torch.bool, device=device)
 
+    # Autocast keeps no narrow copies of the weights in inference mode: each token would make them.
+    cast = torch.is_autocast_enabled(device.type)
+    faster = contextlib.nullcontext if cast else torch.inference_mode
     for step in range(sampling.max_new_tokens):
         logits = linear(hidden, policy.head).float()
         token, logprob = _draw(logits, forbidden, sampling, generator)
@@ -83,8 +87,7 @@ def _sample(
                 decoding.keep(kept)
         if not len(alive) or step + 1 == sampling.max_new_tokens:
             break
-        # Where there is autocast, its narrow copies of the weights would be made for each token.
-        with torch.inference_mode(not torch.is_autocast_enabled(device.type)):
+        with faster():
             hidden = decoding.advance(token)
 
     responses = [
