@@ -12,12 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import floor
+import scale
 import step
 import token_statistics
 import torch
 import update
 from measure import Row
-from workload import THREE_BILLION
 
 from cppo.console import Console
 from cppo.device import resolve
@@ -57,7 +57,7 @@ def main() -> None:
         elif section == "growth":
             new = update.grow(backend, given.repeats)
         elif section == "scale":
-            new = update.at_scale(backend, given.repeats, THREE_BILLION)
+            new = scale.measure(backend, given.repeats)
         elif section == "step":
             new = step.measure(backend, found.name, given.repeats)
         else:
@@ -74,7 +74,7 @@ def main() -> None:
         console.table(section, ("", "", "over", "ratio", "target"), [_cells(row) for row in new])
         rows += new
         # What was measured stays, whatever comes after.
-        report["rows"] = [asdict(row) | {"ratio": row.ratio} for row in rows]
+        report["rows"] = [asdict(row) | {"ratios": row.ratios, "ratio": row.ratio} for row in rows]
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     console.say(f"report: {given.json}")

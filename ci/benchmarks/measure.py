@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import sys
 import time
@@ -16,16 +17,19 @@ from cppo.device import Backend
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One comparison: `subject` over `peer`, a ratio for each repeat."""
+    """One comparison: `subject` over `peer`, a value of each for each repeat."""
 
     what: str
     subject: str
     peer: str
-    ratios: list[float]
     subject_values: list[float]
     peer_values: list[float]
     unit: str
     target: float | None = None
+
+    @property
+    def ratios(self) -> list[float]:
+        return [a / b for a, b in zip(self.subject_values, self.peer_values, strict=True)]
 
     @property
     def ratio(self) -> float:
@@ -59,7 +63,6 @@ def compare(
             what=what,
             subject=name,
             peer=peer,
-            ratios=[a / b for a, b in zip(values, times[peer], strict=True)],
             subject_values=values,
             peer_values=times[peer],
             unit="s",
@@ -112,15 +115,28 @@ def peak_operations(backend: Backend, dtype: torch.dtype) -> float:
     return best
 
 
+def peak_bytes(backend: Backend, run: Callable[[], object]) -> int:
+    """The most memory held during a run, whatever was held before included."""
+    _settle(backend, run)
+    run()
+    synchronize()
+    return backend.memory.peak_bytes()
+
+
 def extra_bytes(backend: Backend, run: Callable[[], object]) -> int:
     """The most memory held during a run above what was held before it; what it returns stays."""
-    run()  # what is allocated once and for all
-    backend.memory.release()
-    backend.memory.reset_peak()
+    _settle(backend, run)
     before = backend.memory.peak_bytes()
     run()
     synchronize()
     return backend.memory.peak_bytes() - before
+
+
+def _settle(backend: Backend, run: Callable[[], object]) -> None:
+    run()  # what is allocated once and for all
+    gc.collect()
+    backend.memory.release()
+    backend.memory.reset_peak()
 
 
 def synchronize() -> None:

@@ -26,14 +26,21 @@ from cppo.update import Updater
 class Ours:
     """`cppo`'s own update, gradient clipping included, the optimizer's step at rate zero."""
 
-    def __init__(self, work: Workload, backend: Backend, *, views: bool = True) -> None:
+    def __init__(
+        self,
+        work: Workload,
+        backend: Backend,
+        *,
+        views: bool = True,
+        tokens_per_micro_batch: int = 1_000_000,
+    ) -> None:
         scorer = Scorer(work.policy, backend, temperature=1.0)
         self._updater = Updater(
             scorer=scorer,
             optimizer=torch.optim.SGD(scorer.parameters(), lr=0.0),
             method=work.method if views else build("grpo", {}),
             processes=Processes(backend, work.policy.precision),
-            tokens_per_micro_batch=1_000_000,
+            tokens_per_micro_batch=tokens_per_micro_batch,
             max_grad_norm=1.0,
             max_new_tokens=max(len(sample.ids) for sample in work.samples),
         )

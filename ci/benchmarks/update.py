@@ -5,8 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 
-import torch
-from measure import Row, compare, extra_bytes
+from measure import Row, compare
 from subjects import Naive, Ours, Trl
 from workload import SMALL, Size, make_workload
 
@@ -16,6 +15,8 @@ SHAPES = ((576, 128), (256, 128), (256, 256))  # image tokens, response tokens; 
 TRL_TARGETS = (0.6, 0.8, 1.0)
 NAIVE_TARGETS = (0.25, 0.3, 0.35)
 RAGGED = (128, 16, 64, 96, 32, 112, 48, 80)
+SEVERAL = (64, 144, 256)  # image tokens of prompts that are updated on together
+A_GROUP = 2000  # tokens: each of their groups fits by itself, no two of them do
 
 
 def shapes() -> list[tuple[str, Sequence[int], Sequence[int]]]:
@@ -28,7 +29,7 @@ def shapes() -> list[tuple[str, Sequence[int], Sequence[int]]]:
             for image, tokens in SHAPES
         ),
         (f"289 + {ragged} tokens", (256,), RAGGED),
-        (f"97, 177 and 289 + {ragged} tokens each", (64, 144, 256), RAGGED),
+        (f"97, 177 and 289 + {ragged} tokens each", SEVERAL, RAGGED),
     ]
 
 
@@ -38,7 +39,16 @@ def measure(backend: Backend, repeats: int) -> list[Row]:
     for (shape, images, responses), (trl, naive) in zip(shapes(), targets, strict=True):
         what = f"update, {shape}"
         rows += one(backend, what, images, responses, repeats, trl=trl, naive=naive)
-    return rows
+    return rows + _cut(backend, shape, repeats)
+
+
+def _cut(backend: Backend, shape: str, repeats: int) -> list[Row]:
+    """Each group a micro-batch of ours; the peer, at its best, has them all in one."""
+    work = make_workload(backend, size=SMALL, image_tokens=SEVERAL, response_tokens=RAGGED)
+    ours, peer = Ours(work, backend, tokens_per_micro_batch=A_GROUP), Trl(work)
+    subjects = {"cppo, three views": ours.update, "TRL's GRPO, one view": peer.update}
+    what = f"a micro-batch for each group, {shape}"
+    return compare(what, subjects, peer="TRL's GRPO, one view", repeats=repeats)
 
 
 def one(
@@ -89,38 +99,3 @@ def grow(backend: Backend, repeats: int) -> list[Row]:
     for response in (32, 128, 512):
         rows += one(backend, f"responses of {response} tokens", (256,), (response,) * 8, repeats)
     return rows
-
-
-def at_scale(backend: Backend, repeats: int, size: Size) -> list[Row]:
-    """Qwen2.5-VL-3B's shape in bf16 with gradient checkpointing: time and peak memory."""
-    work = make_workload(
-        backend,
-        size=size,
-        image_tokens=(1024,),
-        response_tokens=(512,) * 8,
-        dtype=torch.bfloat16,
-        checkpointing=True,
-    )
-    what = "update, 3B shape, bf16, 1057 + 8 x 512 tokens"
-    ours = Ours(work, backend)
-    peer = Trl(work, checkpointing=True)
-    name, other = "cppo, three views", "TRL's GRPO, one view"
-    rows = compare(
-        what,
-        {name: ours.update, other: peer.update},
-        peer=other,
-        repeats=repeats,
-        targets={name: 0.6},
-    )
-    mine, theirs = (float(extra_bytes(backend, s.update)) for s in (ours, peer))
-    memory = Row(
-        what=f"{what}: peak memory above the weights",
-        subject=name,
-        peer=other,
-        ratios=[mine / theirs],
-        subject_values=[mine / 2**20],
-        peer_values=[theirs / 2**20],
-        unit="MiB",
-        target=0.7,
-    )
-    return [*rows, memory]
