@@ -12,6 +12,7 @@ Shapes: B samples of this process, T response tokens (right-padded).
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -73,7 +74,10 @@ class Updater:
         unscored = [sample for sample in samples if not (sample.idle or self.matters(sample))]
         views = self._method.views
         micro_batches = self._cut(scored or [replace(samples[0], idle=True)], views)
-        ahead = self._plan_ahead(micro_batches) if self._is_split(micro_batches) else []
+        plans_ahead = self._method.plans_ahead
+        ahead = self._plan_ahead(micro_batches) if plans_ahead and len(micro_batches) > 1 else []
+        # Where scores decide nothing that is counted, all is known without.
+        unplanned = unscored if plans_ahead else [*itertools.chain(*micro_batches), *unscored]
         self._optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
         finite = True
@@ -84,10 +88,7 @@ class Updater:
                 tokens, plan = self._learn(micro_batch, ahead[number] if ahead else None)
                 if denominators is None:
                     plans = [a.plan for a in ahead] or [plan]
-                    if unscored:  # not in every process: nothing of it is gathered
-                        alone = replace(self._unscored(unscored), gather=lambda values: values)
-                        plans.append(self._method.plan(alone))
-                    denominators = self._denominators(plans)
+                    denominators = self._denominators(plans if plans_ahead else [], unplanned)
                 loss = self._loss(tokens, plan, denominators, len(micro_batches), sums)
                 finite = finite and bool(loss.isfinite())
                 self._processes.backward(loss * self._processes.world)
@@ -145,12 +146,6 @@ class Updater:
     def _cost(self, samples: Sequence[Sample], views: Sequence[View]) -> int:
         """What samples cost on their image and on the views they have."""
         return self._count_tokens(flat(rows_of(samples, views)))
-
-    def _is_split(self, micro_batches: Sequence[Sequence[Sample]]) -> bool:
-        """Whether a micro-batch cannot be learned from before all have been looked at."""
-        method = self._method
-        own = method.average_over == "micro-batch" and not method.compares_responses
-        return len(micro_batches) > 1 and not own
 
     def _plan_ahead(self, micro_batches: Sequence[Sequence[Sample]]) -> list[_Ahead]:
         """Plans for the whole mini-batch at once; views without gradient are scored here only.
@@ -283,8 +278,14 @@ class Updater:
             "reference_logprobs": None if missing else filled(references),
         }
 
-    def _denominators(self, plans: Sequence[Plan]) -> dict[str, Tensor]:
-        """What each average divides by: its units over all micro-batches and processes."""
+    def _denominators(
+        self, plans: Sequence[Plan], unplanned: Sequence[Sample]
+    ) -> dict[str, Tensor]:
+        """What each average divides by: its units over all micro-batches and processes, in these
+        plans and in samples that are planned without scores."""
+        if unplanned:  # not in every process: nothing of it is gathered
+            alone = replace(self._unscored(unplanned), gather=lambda values: values)
+            plans = [*plans, self._method.plan(alone)]
         names = list(plans[0].averages)
         counts = [sum(self._units(plan.averages[name]) for plan in plans) for name in names]
         totals = self._processes.sum(

@@ -238,6 +238,13 @@ def test_averages_of_micro_batches_alone_need_no_pass_more(count: Any) -> None:
     assert found.update["read"] == alone + 2 * views
 
 
+def test_weights_that_are_a_responses_own_need_no_pass_more(count: Any) -> None:
+    found = count("pgpo", tokens=1)
+    mattering = found.mattering
+    once = sum(tokens_of([sample]) + tokens_of([sample], blind=True) for sample in mattering)
+    assert found.update["read"] == once
+
+
 def test_responses_that_are_compared_are_all_looked_at_first(count: Any) -> None:
     """Though averages are of micro-batches alone; the masked view, which is constant, only then."""
     found = count("vppo", tokens=1, options={"average_over": "micro-batch"})

@@ -16,7 +16,7 @@ TRL_TARGETS = (0.6, 0.8, 1.0)
 NAIVE_TARGETS = (0.25, 0.3, 0.35)
 RAGGED = (128, 16, 64, 96, 32, 112, 48, 80)
 SEVERAL = (64, 144, 256)  # image tokens of prompts that are updated on together
-A_GROUP = 2000  # tokens: each of their groups fits by itself, no two of them do
+A_GROUP = 3000  # tokens: each of their groups fits by itself, no two of them do
 
 
 def shapes() -> list[tuple[str, Sequence[int], Sequence[int]]]:

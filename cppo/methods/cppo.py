@@ -142,6 +142,10 @@ class CPPO(GRPO):
         removed = replace(preserved, perturbations=self.removing, gradient=learns, detects=True)
         return (preserved, *(replace(removed, name=name) for name in self.removed))
 
+    @property
+    def plans_ahead(self) -> bool:
+        return self.average_over == "global"  # over the perception tokens of all micro-batches
+
     def detect(self, seen: Scores, removed: Sequence[Scores], mask: Tensor) -> Tensor:
         """The perception tokens among those of the mask, (B, T) bool.
 

@@ -66,9 +66,11 @@ class GRPO:
         require_choice("average_over", self.average_over, Scope)
 
     @property
-    def compares_responses(self) -> bool:
-        """Whether a plan weighs the responses of a mini-batch against each other."""
-        return False
+    def plans_ahead(self) -> bool:
+        """Whether all of a mini-batch is planned before any of it is learned from, at the price of
+        a pass over what its plan reads where there are several micro-batches: as must be where
+        responses are weighed against each other, or scores decide what an average divides by."""
+        return any(view.detects for view in self.views)
 
     @property
     def policy_term(self) -> bool:

@@ -93,6 +93,10 @@ class PGPO(GRPO):
         below = torch.minimum(share_of(length, self.tau), (length - 1).clamp(min=0))
         return ranked.gather(-1, below)
 
+    @property
+    def plans_ahead(self) -> bool:
+        return False  # weights are a response's own, and all tokens are averaged over
+
     def plan(self, tokens: Tokens) -> Plan:
         plan = super().plan(tokens)
         weights = self.weights(tokens.seen.logprobs, tokens.views["blind"].logprobs, tokens.mask)

@@ -72,10 +72,6 @@ class VPPO(GRPO):
         require_perturbations("masking", self.masking)
 
     @property
-    def compares_responses(self) -> bool:
-        return True  # their dependencies scale their advantages
-
-    @property
     def views(self) -> tuple[View, ...]:
         return (
             View(
