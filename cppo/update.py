@@ -254,6 +254,11 @@ class Updater:
 
     def _gather(self, values: Tensor) -> Tensor:
         """Of all processes, (N,), in order of rank."""
+        if not self._method.plans_ahead:
+            raise RuntimeError(
+                f"the plan of {type(self._method).__name__} gathers values of all responses, but "
+                "sees a part of them at a time: give it plans_ahead = True"
+            )
         return torch.tensor(self._processes.gather(values.tolist())).to(values)
 
     def _known(self, samples: Sequence[Sample], seen: Scores) -> dict[str, Any]:

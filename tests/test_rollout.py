@@ -34,7 +34,7 @@ from cppo.policy import Policy, Prompt, Row, Scorer, encode_item, load
 from cppo.rollout import Response, Sampling, generate
 from cppo.rollout.cache import ROOM, GroupCache
 from cppo.rollout.decoding import InGroups
-from cppo.rollout.transformers import _nucleus
+from cppo.rollout.transformers import _draw, _nucleus
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
@@ -331,6 +331,13 @@ def test_visual_placeholders_are_never_drawn_however_likely(policy: Policy) -> N
             responses, rescored(policy, prompts, groups, 1.0), strict=True
         ):
             torch.testing.assert_close(response.logprobs, logprobs, atol=1e-3, rtol=0)
+
+
+def test_probabilities_that_are_not_finite_are_named() -> None:
+    broken = torch.full((2, 5), float("nan"))
+    sampling = Sampling(responses=1, max_new_tokens=1)
+    with pytest.raises(RuntimeError, match="not finite"):
+        _draw(broken, torch.tensor([0]), sampling, torch.Generator())
 
 
 def test_the_nucleus_is_the_fewest_likeliest_tokens_that_reach_top_p() -> None:

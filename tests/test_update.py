@@ -294,7 +294,7 @@ def test_the_order_of_the_samples_does_not_matter(policy: Policy, case: str) -> 
     assert shuffled_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-7)
 
 
-@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "cppo"])
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "cppo", "papo", "pgpo"])
 def test_averages_over_micro_batches_are_means_of_their_means(policy: Policy, name: str) -> None:
     method = build(name, {**WEIGHTS.get(name, {}), "average_over": "micro-batch"})
     samples = make_samples(policy, method)
@@ -307,6 +307,19 @@ def test_averages_over_micro_batches_are_means_of_their_means(policy: Policy, na
         assert difference < TOLERANCE
     else:
         assert difference > 0.05
+
+
+def test_a_plan_that_gathers_must_be_made_ahead(policy: Policy) -> None:
+    class Comparing(GRPO):
+        def plan(self, tokens: Tokens) -> Plan:
+            plan = super().plan(tokens)
+            return replace(
+                plan, advantages=plan.advantages - tokens.gather(plan.advantages[:, 0]).mean()
+            )
+
+    method = Comparing()
+    with pytest.raises(RuntimeError, match="plans_ahead = True"):
+        descend(policy, method, make_samples(policy, method), "group")
 
 
 # --- views --------------------------------------------------------------------------------------
@@ -601,6 +614,14 @@ TRAINED_IN_TWO: dict[str, tuple[str, dict[str, Any], Sequence[Sequence[int]], st
     "views in one process alone": ("cppo", {"weight": 1.0}, ((0, 2, 3), (1, 4, 5)), "whole"),
     "one process idle": ("grpo", {"reference_kl": 0.5}, ((0, 1, 2, 3, 4, 5), ()), "group"),
     "a plan that gathers": ("vppo", {"scale_low": 0.2}, ((0, 1, 2, 4, 5), (3,)), "whole"),
+    "a plan that gathers ahead": ("vppo", {"scale_low": 0.2}, ((0, 1, 2, 4, 5), (3,)), "group"),
+    "plans on the way": ("pgpo", {}, ((0, 1, 2, 4, 5), (3,)), "group"),
+    "a constant view that no plan reads": (
+        "papo",
+        {"weight": 1.0},
+        ((0, 4), (1, 2, 3, 5)),
+        "group",
+    ),
     "divergences in full": (
         "cppo",
         {"weight": 1.0, "divergence": "full"},

@@ -46,7 +46,7 @@ def measure(
     if not timed:
         return []
     work.policy.model.zero_grad()
-    place(work.policy.model, "cpu")
+    place(work.policy.model, "meta")  # to leave the peer by itself
     peer_peak = peak_bytes(backend, peer.update)
     seconds, peer_seconds = timed[0].subject_values, timed[0].peer_values
     least = least_operations(work, perception_tokens=perception_tokens)

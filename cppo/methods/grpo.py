@@ -106,8 +106,9 @@ class GRPO:
         return advantages
 
     def plan(self, tokens: Tokens) -> Plan:
-        """What is decided before any gradient, for a whole mini-batch: of scores that are detached,
-        and in the scorer's own pass, before views are projected of which the loss reads a part."""
+        """What is decided before any gradient: of scores that are detached, for a whole mini-batch
+        where the method plans ahead and it is cut, else for each micro-batch in the scorer's own
+        pass, before views are projected of which the loss reads a part."""
         averages = {"policy": Average(mask=tokens.mask, mode=self.aggregation)}
         if self.reference_kl:
             averages["reference_kl"] = Average(mask=tokens.mask, mode=self.aggregation)

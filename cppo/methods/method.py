@@ -92,7 +92,7 @@ class Tokens:
 
     `gather` takes values (B,) of this process's responses and returns those of all processes'
     responses in the mini-batch, (N,). It is a collective: a plan that calls it calls it exactly
-    once, in every process.
+    once, in every process, and its method plans ahead (see `GRPO.plans_ahead`).
     """
 
     mask: Tensor  # (B, T) bool, True on response tokens

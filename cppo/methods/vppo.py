@@ -83,15 +83,21 @@ class VPPO(GRPO):
             ),
         )
 
+    @property
+    def plans_ahead(self) -> bool:
+        return self.scale_low < 1  # responses are weighed against each other
+
     def plan(self, tokens: Tokens) -> Plan:
         plan, scored = super().plan(tokens), tokens.mask & nonzero(tokens.advantages)[:, None]
         dependency = divergence(tokens.seen.logprobs, tokens.views["masked"].logprobs, "k3")
         dependency = torch.where(scored, dependency.detach().clamp(min=0), 0.0)
         kept = select_tokens(dependency, scored, fraction=self.fraction, count="ceil", ties="cut")
-        means = dependency.sum(-1) / scored.sum(-1).clamp(min=1)
-        means = torch.where(scored.any(-1), means, -1.0)  # none is negative: told apart by this
-        everyone = tokens.gather(means) if self.scale_over == "global" else means
-        advantages = plan.advantages * self._scales(means, everyone)[:, None] * kept
+        advantages = plan.advantages * kept
+        if self.scale_low < 1:
+            means = dependency.sum(-1) / scored.sum(-1).clamp(min=1)
+            means = torch.where(scored.any(-1), means, -1.0)  # none is negative: told apart by this
+            everyone = tokens.gather(means) if self.scale_over == "global" else means
+            advantages = advantages * self._scales(means, everyone)[:, None]
         averages = dict(plan.averages)
         if self.entropy_weight:
             averages["entropy"] = Average(mask=scored)

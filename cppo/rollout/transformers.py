@@ -125,6 +125,11 @@ def _one_of(probabilities: Tensor, generator: torch.Generator) -> Tensor:
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
     # It draws a number for each column, which a CPU does one by one; one for each row will do.
     reached = probabilities.cumsum(-1, dtype=torch.float64)
+    if not reached[:, -1].isfinite().all():
+        raise RuntimeError(
+            "the policy's probabilities are not finite, so no token can be drawn: look for weights "
+            "that are not, or choose a wider --precision"
+        )
     drawn = torch.rand(len(reached), 1, dtype=torch.float64, generator=generator) * reached[:, -1:]
     return torch.searchsorted(reached, drawn, right=True)[:, 0]
 
