@@ -245,6 +245,11 @@ def test_weights_that_are_a_responses_own_need_no_pass_more(count: Any) -> None:
     assert found.update["read"] == once
 
 
+def test_a_filter_alone_compares_nothing_and_needs_no_pass_more(count: Any) -> None:
+    found = count("vppo", tokens=1, options={"scale_low": 1.0})
+    assert found.update["read"] == 2 * sum(tokens_of([sample]) for sample in found.mattering)
+
+
 def test_responses_that_are_compared_are_all_looked_at_first(count: Any) -> None:
     """Though averages are of micro-batches alone; the masked view, which is constant, only then."""
     found = count("vppo", tokens=1, options={"average_over": "micro-batch"})
