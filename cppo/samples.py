@@ -60,6 +60,17 @@ def flat(rows: Mapping[str, Mapping[int, Row]]) -> list[Row]:
     return [row for of_view in rows.values() for row in of_view.values()]
 
 
+def chosen_tokens(
+    plan: Plan, views: Sequence[View], rows: Mapping[str, Mapping[int, Row]]
+) -> list[Tensor]:
+    """The tokens that the loss reads on these views: of each row, in order, (length,) bool."""
+    return [
+        plan.averages[view.read_on].mask[number, : len(row.response)]
+        for view in views
+        for number, row in rows[view.name].items()
+    ]
+
+
 def spread(scored: Scores, rows: slice, places: Tensor, mask: Tensor) -> Scores:
     """These rows, put to their places in the shape of `mask` (B, T); zeros elsewhere."""
     width = mask.shape[1]

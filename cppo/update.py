@@ -25,7 +25,18 @@ from cppo.methods import GRPO, Average, Plan, Scores, Tokens, View
 from cppo.objective import aggregate, count_units
 from cppo.policy import Row, packed_tokens
 from cppo.processes import Processes
-from cppo.samples import AS_IT_IS, Sample, detached, flat, joined, on_views, rows_of, split, spread
+from cppo.samples import (
+    AS_IT_IS,
+    Sample,
+    chosen_tokens,
+    detached,
+    flat,
+    joined,
+    on_views,
+    rows_of,
+    split,
+    spread,
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -148,14 +159,14 @@ class Updater:
         return self._count_tokens(flat(rows_of(samples, views)))
 
     def _plan_ahead(self, micro_batches: Sequence[Sequence[Sample]]) -> list[_Ahead]:
-        """Plans for the whole mini-batch at once; views without gradient are scored here only.
+        """Plans for the whole mini-batch at once; views that detect without gradient are scored
+        here only.
 
         A plan reads the scores of samples that a detecting view is scored for, and of no others.
         """
-        needed = [view for view in self._method.views if view.detects or not view.gradient]
-        constant = [view.name for view in needed if not view.gradient]
-        detecting = [view for view in needed if view.detects]
-        scored = [self._score(batch, needed, seen_beside=detecting) for batch in micro_batches]
+        detecting = [view for view in self._method.views if view.detects]
+        constant = [view.name for view in detecting if not view.gradient]
+        scored = [self._score(batch, detecting, seen_beside=detecting) for batch in micro_batches]
         plans = split(self._method.plan(joined(scored)), scored)
         return [
             _Ahead(plan=plan, constant={name: tokens.views[name] for name in constant})
@@ -172,7 +183,11 @@ class Updater:
         later = [view for view in views if view.read_on and (ahead or not view.detects)]
         rows = rows_of(samples, [view for view in views if view not in later])
         chosen = on_views(samples, later, rows[AS_IT_IS])
-        constant = ahead.constant if ahead else self._constant(samples)
+        still = [view for view in self._method.views if not view.gradient]
+        last = [view for view in still if view.read_on and not view.detects]
+        constant = dict(ahead.constant) if ahead else {}
+        first = [view for view in still if view not in last and view.name not in constant]
+        constant |= self._constant(samples, first)
         plans = [ahead.plan] if ahead else []
 
         def tokens_of(scores: Scores) -> Tokens:
@@ -182,26 +197,31 @@ class Updater:
         def choose(scores: Scores) -> list[Tensor]:
             if not plans:
                 plans.append(self._method.plan(detached(tokens_of(scores))))
-            return [
-                plans[0].averages[view.read_on].mask[number, : len(row.response)]
-                for view in later
-                for number, row in chosen[view.name].items()
-            ]
+            return chosen_tokens(plans[0], later, chosen)
 
         scores = self._scorer(flat(rows), flat(chosen), choose)
+        constant |= self._constant(samples, last, plans[0])
         return tokens_of(scores), plans[0]
 
-    def _constant(self, samples: Sequence[Sample]) -> dict[str, Scores]:
-        """Scores on the views without gradient, and on nothing else."""
-        views = [view for view in self._method.views if not view.gradient]
-        tokens = self._score(samples, views, seen_beside=())
+    def _constant(
+        self, samples: Sequence[Sample], views: Sequence[View], plan: Plan | None = None
+    ) -> dict[str, Scores]:
+        """Scores on views without gradient, and on nothing else: on the tokens that the plan chose
+        for each, where there is one."""
+        tokens = self._score(samples, views, seen_beside=(), plan=plan)
         return {view.name: tokens.views[view.name] for view in views}
 
     def _score(
-        self, samples: Sequence[Sample], views: Sequence[View], *, seen_beside: Sequence[View]
+        self,
+        samples: Sequence[Sample],
+        views: Sequence[View],
+        *,
+        seen_beside: Sequence[View],
+        plan: Plan | None = None,
     ) -> Tokens:
-        """Scores samples without gradient on the views they have, and those that one of
-        `seen_beside` is scored for on their image; the rest is zero."""
+        """Scores samples without gradient on the views they have, with a plan on the tokens that it
+        chose for each, and those that one of `seen_beside` is scored for on their image; the rest
+        is zero."""
         rows, names = rows_of(samples, views), {view.name for view in seen_beside}
         rows[AS_IT_IS] = {
             number: row
@@ -211,7 +231,12 @@ class Updater:
         if not flat(rows):
             return self._unscored(samples)
         with torch.no_grad():
-            return self._tokens(samples, rows, self._scorer(flat(rows)))
+            if plan is None:
+                scores = self._scorer(flat(rows))
+            else:
+                chosen = chosen_tokens(plan, views, rows)
+                scores = self._scorer((), flat(rows), lambda _: chosen)
+        return self._tokens(samples, rows, scores)
 
     def _tokens(
         self, samples: Sequence[Sample], rows: Mapping[str, Mapping[int, Row]], scores: Scores

@@ -140,7 +140,7 @@ def test_values_and_perturbation_parameters_that_cannot_work_are_refused_at_once
 
 
 def test_the_ends_of_the_ranges_are_allowed() -> None:
-    edges = {"clip_low": 1.0, "weight": 0.0, "fraction": 1.0, "reference_kl": 0.0}
+    edges = {"clip_low": 1.0, "fraction": 1.0, "reference_kl": 0.0}
     method = build("cppo", {**edges, "dual_clip": None})
     assert (method.clip_low, method.dual_clip) == (1.0, None)
 

@@ -202,6 +202,41 @@ def test_a_blind_view_costs_no_picture_and_no_image_tokens(count: Any) -> None:
     assert found.update["projected"] == 2 * responses_of(mattering)
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "passes"),
+    [  # how often what matters, what is better, and everything is read
+        ("cppo", {"gate": False}, (3, 0, 0)),
+        ("cppo", {"removing_views": 2}, (1, 3, 0)),
+        ("cppo", {"stop_gradient": ["removed"]}, (1, 2, 0)),
+        ("cppo", {"stop_gradient": ["preserved"]}, (1, 2, 0)),
+        ("vppo", {}, (2, 0, 0)),
+        ("papo", {"learns_masked": True, "reference_kl": 0.0}, (0, 0, 2)),
+        ("dvrp", {}, (0, 0, 3)),
+        ("dvrp", {"masked_weight": 0.0, "view_entropy_weight": 0.0}, (0, 0, 2)),
+        ("noisy_rollout", {}, (1, 0, 0)),
+    ],
+)
+def test_an_option_costs_the_passes_that_its_loss_needs(
+    count: Any, method: str, options: dict[str, Any], passes: tuple[int, int, int]
+) -> None:
+    found = count(method, options=options)
+    parts = (found.mattering, found.positive, found.samples)
+    for counted, part in (("read", tokens_of), ("seen", pictures_of)):
+        expected = sum(n * part(samples) for n, samples in zip(passes, parts, strict=True))
+        assert found.update[counted] == expected, counted
+
+
+@pytest.mark.parametrize("tokens", [100_000, 1])
+def test_a_constant_view_that_detects_nothing_is_projected_where_the_loss_reads_it(
+    count: Any, tokens: int
+) -> None:
+    found = count("cppo", tokens=tokens, options={"stop_gradient": ["preserved"]})
+    mattering, positive = responses_of(found.mattering), responses_of(found.positive)
+    assert 0 < found.perception < positive
+    learnt = positive + found.perception if tokens > 1 else 2 * positive + 2 * found.perception
+    assert found.update["projected"] == mattering + learnt
+
+
 def test_a_constant_view_that_no_plan_reads_is_scored_alone(count: Any) -> None:
     found = count("papo", frozen=True)
     everything = found.samples  # the divergences are of all responses

@@ -19,7 +19,9 @@ from tokens import (
     every_response,
     golden_batch,
     golden_tokens,
+    gradients,
     total,
+    with_gradient,
 )
 from torch import Tensor
 
@@ -81,7 +83,7 @@ def test_papo_raises_the_divergence_and_lowers_the_entropies() -> None:
     masked = tokens.views["masked"]
     seen = replace(tokens, seen=replace(tokens.seen, logprobs=logprobs))
     still = replace(tokens, advantages=torch.zeros(2, dtype=torch.float64))
-    alone = {"reference_kl": 0.0, "weight": 0.0}
+    alone = {"reference_kl": 0.0, "weight": 0.0, "masked_entropy_weight": 1.0}  # a constant
     for options, wanted in (
         ({**alone, "weight": 1.0}, divergence(logprobs, masked.logprobs).mean()),
         ({**alone, "entropy_weight": 1.0}, logprobs.mean()),
@@ -106,8 +108,35 @@ def test_papos_masked_branch_is_constant_unless_it_learns() -> None:
 def test_papos_gradients_are_the_finite_differences() -> None:
     options = {"weight": 0.5, "entropy_weight": 0.2, "masked_entropy_weight": 0.3}
     for name in ("papo", "papo_dapo"):
-        method = build(name, {**options, "reference_kl": 0.1})
+        method = build(name, {**options, "reference_kl": 0.1, "learns_masked": True})
         assert_gradients_are_the_finite_differences(method, small_batch("masked"))
+
+
+@pytest.mark.parametrize(
+    ("name", "learning", "views"),
+    [("papo", "learns_masked", ["masked"]), ("dvrp", "learns_views", ["masked", "noised"])],
+)
+def test_views_are_constant_unless_they_learn_whoever_scored_them(
+    name: str, learning: str, views: list[str]
+) -> None:
+    weight = "masked_entropy_weight" if name == "papo" else "view_entropy_weight"
+    for learns in (False, True):
+        method, tokens = build(name, {learning: learns, weight: 0.3}), small_batch(*views)
+        tokens, leaves = with_gradient(tokens)
+        found = gradients(total(method, tokens), leaves)
+        assert [found[view].any() for view in views] == [learns] * len(views)
+        assert found["seen"].any()
+
+
+def test_a_view_is_needed_by_terms_that_have_a_weight_alone() -> None:
+    def needed(name: str, **options: float) -> list[str]:
+        return [view.name for view in build(name, options).views]
+
+    with pytest.raises(ValueError, match="above 0 where masked_entropy_weight is 0"):
+        build("papo", {"weight": 0, "entropy_weight": 0.1})
+    assert needed("dvrp", masked_weight=0, view_entropy_weight=0) == ["noised"]
+    assert needed("dvrp", noised_weight=0, view_entropy_weight=0) == ["masked"]
+    assert needed("dvrp", noised_weight=0) == ["masked", "noised"]
 
 
 def test_a_pair_of_policies_apart_beyond_the_clamp_is_pushed_no_further() -> None:

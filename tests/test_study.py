@@ -229,13 +229,13 @@ def test_the_studies_of_the_repository_compare_what_they_are_to_compare() -> Non
         "gate": {True, False},
         "score": {"relative", "absolute", "divergence"},
         "weight": {0.003, 0.01, 0.03},
-        "divergence": {"k3", "full"},
-        "weight_schedule": {"constant", "linear"},
+        "divergence": {"k3", "k1", "full"},
+        "weight_schedule": {"constant", "linear", "cosine"},
         "removing_views": {1, 2},
         "policy_term": {True, False},
     }.items():
         assert {each.get(option, default[option]) for each in options} == values
-    assert {(view,) for view in ("image", "removed")} <= {
+    assert {(view,) for view in ("image", "preserved", "removed")} <= {
         tuple(each.get("stop_gradient", ())) for each in options
     }
     assert len([each for each in options if "removing" in each]) >= 4

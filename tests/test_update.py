@@ -143,6 +143,7 @@ def descend(
     cut: str = "whole",
     *,
     max_grad_norm: float = 1e9,
+    progress: float = 0.0,
 ) -> tuple[Tensor, dict[str, float]]:
     """What a step of plain gradient descent at rate 1 subtracts from the weights, and its metrics;
     the weights are put back."""
@@ -156,7 +157,7 @@ def descend(
         tokens_per_micro_batch=budget(cut, samples),
         max_grad_norm=max_grad_norm,
         max_new_tokens=MAX_NEW_TOKENS,
-    ).step(samples)
+    ).step(samples, progress=progress)
     change = start - weights_of(policy)
     policy.model.load_state_dict(before, strict=False)
     return change, metrics
@@ -256,6 +257,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "cppo without its gate": ("cppo", {"weight": 1.0, "gate": False}),
     "cppo in part": ("cppo", {"weight": 1.0, "stop_gradient": ["removed"]}),
+    "cppo in the other part": ("cppo", {"weight": 1.0, "stop_gradient": ["preserved"]}),
+    "cppo, both views constant": (
+        "cppo",
+        {"weight": 1.0, "stop_gradient": ["preserved", "removed"]},
+    ),
+    "papo, one term left out": (
+        "papo",
+        {"weight": 0.0, "masked_entropy_weight": 0.5, "learns_masked": True},
+    ),
+    "dvrp, one view left out": ("dvrp", {"masked_weight": 0.0, "view_entropy_weight": 0.0}),
 }
 TOYS = {"toy": Blind(), "toy that learns blind": Blind(learns_blind=True)}
 every_case = pytest.mark.parametrize("case", [*CASES, *TOYS])
@@ -281,6 +292,26 @@ def test_the_step_descends_on_the_plain_loss_however_the_batch_is_cut(
     assert watched[0]["skipped"] == 0.0
     for metrics in watched[1:]:
         assert metrics == pytest.approx(watched[0], rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("cut", ["whole", "group"])
+@pytest.mark.parametrize(
+    ("case", "option", "schedule"),
+    [
+        ("cppo", "weight", "weight_schedule"),
+        ("visionary_r1", "reference_kl", "reference_kl_schedule"),
+    ],
+)
+def test_what_falls_over_the_training_falls_in_the_step(
+    policy: Policy, case: str, option: str, schedule: str, cut: str
+) -> None:
+    method = replace(build(case), **{option: 1.0, schedule: "cosine"})
+    samples = make_samples(policy, method)
+    halfway = replace(method, **{option: 0.5, schedule: "constant"})
+    expected = plain_gradient(policy, plain_loss(policy, halfway, samples))
+    check(descend(policy, method, samples, cut, progress=0.5)[0], expected)
+    at_first = descend(policy, method, samples, cut)[0]
+    assert (at_first - expected).norm() > 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize("case", ["cppo", "gspo", "toy"])

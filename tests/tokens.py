@@ -124,3 +124,19 @@ def assert_gradients_are_the_finite_differences(
     gradients = torch.autograd.grad(loss(*leaves), leaves, materialize_grads=True)
     for name, gradient in zip(names, gradients, strict=True):
         assert gradient.any() == (name not in without), name
+
+
+def with_gradient(tokens: Tokens) -> tuple[Tokens, dict[str, Tensor]]:
+    """The same tokens, and the log-probabilities that a loss of them may be differentiated in."""
+    leaves = {"seen": tokens.seen.logprobs.clone().requires_grad_()}
+    views = {}
+    for name, view in tokens.views.items():
+        leaves[name] = view.logprobs.clone().requires_grad_()
+        views[name] = replace(view, logprobs=leaves[name])
+    seen = replace(tokens.seen, logprobs=leaves["seen"])
+    return replace(tokens, seen=seen, views=views), leaves
+
+
+def gradients(loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+    return dict(zip(leaves, found, strict=True))

@@ -103,13 +103,13 @@ class CPPO(GRPO):
         super().__post_init__()
         tau, stopped = self.contrast_temperature, set(self.stop_gradient)
         views = {"image", "preserved", "removed"}
-        learns = self.policy_term or self.weight > 0
-        require("weight", self.weight, self.weight >= 0, "at least 0")
-        require("weight", self.weight, learns, "above 0 where policy_term is false")
+        require("weight", self.weight, self.weight > 0, "above 0; without the contrast, take grpo")
         require("fraction", self.fraction, 0 < self.fraction <= 1, "above 0, at most 1")
         require("threshold", self.threshold, self.threshold >= 0, "at least 0")
         reached = (self.keep, self.score) != ("rise_above", "relative") or self.threshold < 1
         require("threshold", self.threshold, reached, "below 1: no relative rise reaches that")
+        read = self.keep == "rise_above" or not self.threshold
+        require("threshold", self.threshold, read, "0, the default, unless keep is 'rise_above'")
         require("contrast_temperature", tau, tau > 0, "above 0")
         whole = isinstance(self.removing_views, int) and self.removing_views >= 1
         require("removing_views", self.removing_views, whole, "a whole number, at least 1")
@@ -175,12 +175,16 @@ class CPPO(GRPO):
         return replace(plan, averages=averages)
 
     def terms(self, tokens: Tokens, plan: Plan) -> dict[str, Term]:
-        seen = tokens.seen
-        if "image" in self.stop_gradient:
-            seen = replace(seen, logprobs=seen.logprobs.detach())
+        def unless_stopped(name: str, scores: Scores) -> Scores:
+            stopped = name in self.stop_gradient
+            return Scores.combined(Tensor.detach, scores) if stopped else scores
+
+        seen = unless_stopped("image", tokens.seen)
+        preserved = unless_stopped("preserved", tokens.views["preserved"])
+        removed = [unless_stopped("removed", tokens.views[name]) for name in self.removed]
         contrast = contrast_divergences(
-            self._divergence(seen, tokens.views["preserved"]),
-            _mean([self._divergence(seen, tokens.views[name]) for name in self.removed]),
+            self._divergence(seen, preserved),
+            _mean([self._divergence(seen, view) for view in removed]),
             plan.averages["perception"].mask,
             temperature=self.contrast_temperature,
         )

@@ -22,8 +22,6 @@ from cppo.methods.options import require, require_perturbations
 from cppo.methods.papo import MASKED
 from cppo.objective import divergence
 
-VIEWS = ("masked", "noised")
-
 
 @dataclass(frozen=True, kw_only=True)
 class DVRP(GRPO):
@@ -54,21 +52,32 @@ class DVRP(GRPO):
 
     @property
     def views(self) -> tuple[View, ...]:
-        return (
+        views = (
             View(name="masked", perturbations=self.masking, gradient=self.learns_views),
             View(name="noised", perturbations=self.noising, gradient=self.learns_views),
         )
+        return tuple(view for view in views if self._weights(view.name))
 
     def plan(self, tokens: Tokens) -> Plan:
         plan, over_all = super().plan(tokens), Average(mask=tokens.mask)
-        names = [f"{view}_{what}" for view in VIEWS for what in ("divergence", "entropy")]
+        names = [f"{view.name}_{what}" for view in self.views for what in self._weights(view.name)]
         return replace(plan, averages={**plan.averages, **dict.fromkeys(names, over_all)})
 
     def terms(self, tokens: Tokens, plan: Plan) -> dict[str, Term]:
         terms = super().terms(tokens, plan)
-        for view, weight in zip(VIEWS, (-self.masked_weight, self.noised_weight), strict=True):
-            logprobs = tokens.views[view].logprobs
-            distance = divergence(tokens.seen.logprobs, logprobs, "k3")
-            terms[f"{view}_divergence"] = Term(per_token=distance, weight=weight)
-            terms[f"{view}_entropy"] = Term(per_token=-logprobs, weight=self.view_entropy_weight)
+        for view in self.views:
+            logprobs = tokens.views[view.name].logprobs
+            logprobs = logprobs if view.gradient else logprobs.detach()
+            per_token = {
+                "divergence": divergence(tokens.seen.logprobs, logprobs, "k3"),
+                "entropy": -logprobs,
+            }
+            for what, weight in self._weights(view.name).items():
+                terms[f"{view.name}_{what}"] = Term(per_token=per_token[what], weight=weight)
         return terms
+
+    def _weights(self, view: str) -> dict[str, float]:
+        """Of the terms that a view has."""
+        distance = {"masked": -self.masked_weight, "noised": self.noised_weight}[view]
+        weights = {"divergence": distance, "entropy": self.view_entropy_weight}
+        return {what: weight for what, weight in weights.items() if weight}

@@ -58,6 +58,8 @@ class PAPO(GRPO):
         super().__post_init__()
         for option in ("weight", "entropy_weight", "masked_entropy_weight"):
             require(option, getattr(self, option), getattr(self, option) >= 0, "at least 0")
+        reads = self.weight > 0 or self.masked_entropy_weight > 0  # the masked view
+        require("weight", self.weight, reads, "above 0 where masked_entropy_weight is 0")
         require_perturbations("masking", self.masking)
 
     @property
@@ -70,6 +72,7 @@ class PAPO(GRPO):
 
     def terms(self, tokens: Tokens, plan: Plan) -> dict[str, Term]:
         seen, masked = tokens.seen.logprobs, tokens.views["masked"].logprobs
+        masked = masked if self.learns_masked else masked.detach()
         per_token = {
             "masked_divergence": divergence(seen, masked, "k3"),
             "entropy": -seen,
@@ -83,12 +86,12 @@ class PAPO(GRPO):
 
     def _added(self) -> dict[str, float]:
         """The terms beside GRPO's, and their weights."""
-        entropies = {
+        weights = {
+            "masked_divergence": -self.weight,
             "entropy": self.entropy_weight,
             "masked_entropy": self.masked_entropy_weight,
         }
-        used = {name: weight for name, weight in entropies.items() if weight}
-        return {"masked_divergence": -self.weight, **used}
+        return {name: weight for name, weight in weights.items() if weight}
 
 
 PAPO_DAPO = partial(
