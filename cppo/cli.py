@@ -80,6 +80,7 @@ def study(arguments: Sequence[str]) -> int:
     extra = {
         "only": (list, None, "Variants to run; all of them if none is named."),
         "report-only": (bool, False, "Report on the runs that are there, and run none."),
+        "report-to": (str, None, "Folder of the report, such as that of another --baseline."),
     }
     parsed = _parse("study", StudyConfig, arguments, extra=extra)
     if parsed is None:
@@ -90,7 +91,12 @@ def study(arguments: Sequence[str]) -> int:
     from cppo.study.command import run
 
     set_up_logging()
-    return run(config, only=options["only"], report_only=options["report-only"])
+    return run(
+        config,
+        only=options["only"],
+        report_only=options["report-only"],
+        report_to=options["report-to"],
+    )
 
 
 def perturb(arguments: Sequence[str]) -> int:

@@ -651,13 +651,27 @@ def test_page_and_console_show_the_summarys_figures(told: Told) -> None:
     assert text == page(summary)
     for variant in summary.variants:
         assert f"| {variant.name} | 2 | {100 * variant.means['accuracy'].value:.1f} %" in text
-    assert "Seeds vary the order of the data and the sampling, and not the warm start" in text
+    assert "Seeds vary the order of the data and the sampling, and neither the warm start" in text
     for table in tables(summary):
         assert table.title in told.ended[1]
         assert {len(row) for row in table.rows} == {len(table.header)}
         for file in table.plots:
             assert f"]({file})" in text
     assert {file for table in tables(summary) for file in table.plots} == set(plots.PLOTS)
+    assert "| grpo | `method=grpo` |" in text
+    assert "| cppo | `method_options.weight=0.1` |" in text
+
+
+def test_a_report_can_go_elsewhere_and_be_against_another_baseline(
+    told: Told, tmp_path: Path
+) -> None:
+    made = (told.output / "study.md").read_text()
+    asked = ["study", "--config", str(told.settings), "--report-only", "--baseline", "cppo"]
+    assert cli.main([*asked, "--report-to", str(tmp_path / "against")]) == 0
+    page = (tmp_path / "against" / "study.md").read_text()
+    assert "against cppo, points" in page
+    assert (tmp_path / "against" / "views.svg").exists()
+    assert (told.output / "study.md").read_text() == made
 
 
 def test_every_plot_is_drawn(told: Told) -> None:

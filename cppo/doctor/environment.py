@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 from importlib.metadata import distributions, version
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+import cppo
 from cppo.device import Backend, claim_device
 
 PACKAGES = ("torch", "transformers", "triton", "flash", "peft", "numpy", "pytorch")  # and relatives
@@ -20,6 +22,7 @@ def describe(backend: Backend) -> dict[str, str]:
     device = claim_device(backend.device)
     facts = {
         "cppo": version("cppo"),
+        "code": _code(),
         "python": platform.python_version(),
         "system": platform.platform(),
         "processor": f"{_processor()}, {os.cpu_count()} logical cores",
@@ -37,6 +40,14 @@ def describe(backend: Backend) -> dict[str, str]:
     }
     facts |= {n: os.environ[n] for n in sorted(os.environ) if n.endswith(VARIABLES)}
     return facts
+
+
+def _code() -> str:
+    """A digest of the library's source: where it differs, other code ran."""
+    digest, root = hashlib.blake2b(digest_size=6), Path(cppo.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _is_build(name: str, build: object) -> bool:

@@ -22,9 +22,14 @@ NEEDED = ("matplotlib", "scipy")
 
 
 def run(
-    config: StudyConfig, *, only: Sequence[str] | None = None, report_only: bool = False
+    config: StudyConfig,
+    *,
+    only: Sequence[str] | None = None,
+    report_only: bool = False,
+    report_to: str | None = None,
 ) -> int:
-    """Runs and reports; returns the exit status: 1 where a run failed."""
+    """Runs and reports, in the study's own folder unless told otherwise; returns the exit status: 1
+    where a run failed."""
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise ValueError(f"a study needs {' and '.join(missing)}: pip install 'cppo[study]'")
     study, console, status = plan(config), Console(), 0
@@ -37,7 +42,7 @@ def run(
             status = _work(study, pending, console, lock)
     summary = summarise(study, finished(study))
     if summary is not None:
-        _report(study, summary, console)
+        _report(summary, Path(report_to or study.output), console)
     elif report_only:
         raise ValueError(f"no run is finished in {study.output}: leave out --report-only")
     return status
@@ -59,7 +64,7 @@ def _work(study: Study, pending: Sequence[Run], console: Console, lock: int) -> 
                 note = f"FAILED: {end.failure}" if end.failure else f"{end.seconds:.0f} s"
                 console.say(f"{end.run.name}: {note}")
             if ends and (summary := summarise(study, finished(study))):
-                _write(study, summary)
+                _write(summary, study.output)
             show(jobs.done, jobs.names)
     if stop.signal:
         console.say("stopped; the same command goes on with the runs that are not finished")
@@ -69,21 +74,22 @@ def _work(study: Study, pending: Sequence[Run], console: Console, lock: int) -> 
     return 1 if failed else 0
 
 
-def _write(study: Study, summary: Summary) -> None:
-    (study.output / "study.json").write_text(summary.to_json(), encoding="utf-8")
-    (study.output / "study.md").write_text(page(summary), encoding="utf-8")
+def _write(summary: Summary, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "study.json").write_text(summary.to_json(), encoding="utf-8")
+    (folder / "study.md").write_text(page(summary), encoding="utf-8")
 
 
-def _report(study: Study, summary: Summary, console: Console) -> None:
-    _write(study, summary)
-    draw(summary, study.output)
+def _report(summary: Summary, folder: Path, console: Console) -> None:
+    _write(summary, folder)
+    draw(summary, folder)
     for table in tables(summary):
         console.table(table.title, table.header, table.rows)
         for note in table.notes:
             console.say(note)
     for paragraph in introduction(summary)[1:-1]:
         console.say(paragraph)
-    console.say(f"the page, its plots and all figures are in {study.output}")
+    console.say(f"the page, its plots and all figures are in {folder}")
 
 
 @contextmanager

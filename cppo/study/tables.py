@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from cppo.settings import flatten
 from cppo.study.plan import START
 from cppo.study.statistics import Difference, Mean
 from cppo.study.summary import Summary, Variant
 
 LEVEL = 0.05
 PHASES = ("rollout", "views", "update")
+VIEWS = ("accuracy", "preserved", "removed", "black")
 Row = tuple[str, ...]
 
 
@@ -32,7 +35,7 @@ def tables(summary: Summary) -> list[Table]:
 def page(summary: Summary) -> str:
     """The study in Markdown; its plots are looked for beside it."""
     parts = ["# A controlled study", *introduction(summary)]
-    for table in tables(summary):
+    for table in [_changes(summary), *tables(summary)]:
         lines = [table.header, tuple("---" for _ in table.header), *table.rows]
         parts.append(f"## {table.title}")
         parts.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
@@ -59,14 +62,35 @@ def introduction(summary: Summary) -> list[str]:
         "same seed takes prompts in the same order, and all runs are measured on the same items, "
         "views and random numbers. p-values are two-sided, of a t-test on these differences; "
         "Holm's method adjusts them for the number of variants. Seeds vary the order of the data "
-        "and the sampling, and not the warm start: all runs begin with the same policy (start), so "
-        "that no interval tells how another one would fare.",
+        "and the sampling, and neither the warm start nor the items: all runs begin with the same "
+        "policy (start) and are measured on the same pictures, so that no interval tells how "
+        "another policy would fare, or the same one on other items.",
     ]
     if any(len(variant.seeds) < 2 for variant in summary.variants):
         paragraphs.append("A single seed has no interval: none is shown with it.")
     if summary.missing:
         paragraphs.append(f"Not finished: {'; '.join(summary.missing)}.")
     return [*paragraphs, f"Run with {facts}."]
+
+
+def _changes(summary: Summary) -> Table:
+    """What tells the variants apart."""
+    rows = [
+        (v.name, ", ".join(f"`{name}={_setting(value)}`" for name, value in flatten(v.changes)))
+        for v in summary.variants
+    ]
+    note = "All else is as above, or as `cppo train` and the method have it by default."
+    return Table(
+        title="Variants",
+        header=("variant", "settings of its own"),
+        rows=rows,
+        notes=[note],
+        plots={},
+    )
+
+
+def _setting(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _accuracy(summary: Summary) -> Table:
@@ -115,20 +139,37 @@ def _verdict(summary: Summary) -> str:
 
 
 def _views(summary: Summary) -> Table:
-    names = ("accuracy", "preserved", "removed", "black")
-    rows = [(v.name, *(_percent(v.means[n]) for n in names)) for v in summary.variants]
-    if summary.start:
-        rows.insert(0, (START, *(f"{100 * summary.start[n]:.1f} %" for n in names)))
+    rows = []
+    for variant in summary.variants:
+        cells = [_percent(variant.means["accuracy"])]
+        for view in ("preserved", "removed"):
+            difference, _, adjusted = _compared(variant, view, _points)
+            cells += [_percent(variant.means[view]), difference, adjusted]
+        rows.append((variant.name, *cells, _percent(variant.means["black"])))
+    if start := summary.start:
+        known = {name: f"{100 * start[name]:.1f} %" for name in VIEWS}
+        blank = ("", "")
+        rows.insert(
+            0,
+            (
+                *(START, known["accuracy"], known["preserved"], *blank, known["removed"], *blank),
+                known["black"],
+            ),
+        )
+    against = (f"against {summary.baseline}, points", "p (Holm)")
     return Table(
         title="What the picture is needed for",
-        header=("variant", "as they are", "preserving view", "removing view", "black picture"),
+        header=(
+            *("variant", "as they are", "preserving view", *against, "removing view", *against),
+            "black picture",
+        ),
         rows=rows,
         notes=[
             "avg@k on the same items, whose pictures are shown under CPPO's published preserving "
-            "views (robust: as high as on the pictures as they are), under its removing views, and "
-            "black all over. The best guess at an answer without its picture is right in "
-            f"{100 * summary.chance:.1f} % of the cases: a policy that relies on the picture falls "
-            "to that, or below, once the picture is gone."
+            "views (robust: as high as on the pictures as they are), under its removing views, "
+            "which leave a part of the picture, and black all over. The best guess at an answer "
+            f"without its picture is right in {100 * summary.chance:.1f} % of the cases: a policy "
+            "that relies on the picture falls to that, or below, once all of it is gone."
         ],
         plots={"views.svg": "accuracy on views of the pictures, with the chance of guessing"},
     )
@@ -187,8 +228,9 @@ def _cost(summary: Summary) -> Table:
     notes = [
         f"Means over steps and seeds; x: times what a step of {summary.baseline} takes. Counted "
         "are tokens that pass the language model and pictures that pass the vision tower, in the "
-        "update with those of all views and of the reference policy. Groups teach whose rewards "
-        "differ. GiB: the process's peak memory."
+        "update with those of all views and of the reference policy, whether a gradient comes back "
+        "through them or not: a pass without costs about a third of one with it. Groups teach "
+        "whose rewards differ. GiB: the process's peak memory."
     ]
     if base is not None:
         means = {name: base.means[name].value for name in multiples}
@@ -201,7 +243,13 @@ def _cost(summary: Summary) -> Table:
         title="Cost of a step",
         header=(
             *("variant", "rollout, s", "update, s", "both, x", "update tokens, x"),
-            *("update pictures, x", "rollout tokens, x", "prompts", "groups that teach", "GiB"),
+            *(
+                "update pictures, x",
+                "rollout tokens, x",
+                "rollout pictures",
+                "groups that teach",
+                "GiB",
+            ),
         ),
         rows=rows,
         notes=notes,

@@ -36,7 +36,7 @@ KEPT = (  # of a step's metrics, beside what the meter counts
     "update_seconds",
     "peak_memory_gib",
 )
-FACTS = ("cppo", "python", "processor", "device", "threads", "torch", "transformers")
+FACTS = ("cppo", "code", "python", "processor", "device", "threads", "torch", "transformers")
 
 
 def request(run: Run, *, folder: Path, result: Path, jobs: int) -> dict[str, Any]:
@@ -74,6 +74,7 @@ def work(asked: Mapping[str, Any]) -> int:
     trainer = Trainer(config, folder, after_step=after_step)
     meter = Meter(trainer)
     try:
+        facts = describe(trainer.backend)
         perception[0] = measure_perception(trainer, measure)
         summary = trainer.train()
         if not summary["finished"]:
@@ -84,9 +85,8 @@ def work(asked: Mapping[str, Any]) -> int:
             "answers": measure_answers(trainer, measure),
             "steps": steps,
             "seconds": time.monotonic() - started,
+            "environment": {name: facts[name] for name in FACTS if name in facts},
         }
-        facts = describe(trainer.backend)
-        record["environment"] = {name: facts[name] for name in FACTS if name in facts}
     finally:
         trainer.close()
     write(Path(asked["result"]), record)
