@@ -2,6 +2,10 @@
 
 `release()` returns the caching allocator's unused pages to the driver. With expandable segments it
 unmaps them without moving anything, so that an update finds room that a rollout left in pieces.
+
+Attention through cuDNN is switched off for the process, though PyTorch prefers it on recent cards:
+with a mask, as the group layout has one, its backward pass gives NaN at some lengths (PyTorch 2.11
+to 2.13 at least, github.com/pytorch/pytorch/issues/196678), and it plans anew for each new shape.
 """
 
 from __future__ import annotations
@@ -63,6 +67,7 @@ def _prepare_process() -> None:
     """What must be set before the first allocation and the first matrix product."""
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name still counts
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if torch.are_deterministic_algorithms_enabled():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # read by transformers

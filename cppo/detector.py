@@ -127,7 +127,10 @@ def select_tokens(
     if keep == "share_of_rise":
         gains = _widen(scores).masked_fill(~candidates, 0.0)
         total = gains.sum(-1, keepdim=True)
-        reached = gains.gather(-1, order).cumsum(-1)
+        # Some devices have no cumulative sum that is the same each time; the CPU has.
+        fixed = torch.are_deterministic_algorithms_enabled()
+        sorted_down = gains.gather(-1, order)
+        reached = (sorted_down.cpu() if fixed else sorted_down).cumsum(-1).to(scores.device)
         if count == "floor":
             k = (reached <= (fraction + 1e-5) * total).sum(-1, keepdim=True)
         else:

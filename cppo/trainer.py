@@ -149,6 +149,8 @@ class Trainer:
             lr=settings.learning_rate,
             betas=(settings.beta1, settings.beta2),
             weight_decay=settings.weight_decay,
+            # PyTorch's own choice on CUDA and ROCm holds a copy of all weights for a moment.
+            fused=True if self.policy.device.type == "cuda" else None,
         )
         self.reference: Scorer | None = None
         if self.method.reference_kl and not self.policy.has_adapters:

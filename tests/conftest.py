@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product on a GPU
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -51,6 +52,14 @@ def skip_or_fail(reason: str) -> NoReturn:
     if os.environ.get("CPPO_TEST_NOTHING_MISSING") == "1":
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+@pytest.fixture
+def two_devices() -> None:
+    """For tests in two processes: on an accelerator each takes one."""
+    device = choose(os.environ[BACKEND]).device
+    if device != "cpu" and (there := torch.accelerator.device_count()) < 2:
+        skip_or_fail(f"two processes need two devices of type {device}, and there is {there}")
 
 
 @pytest.fixture

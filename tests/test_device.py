@@ -595,11 +595,13 @@ def test_headroom_of_a_fake_intel_card_that_does_not_tell_its_free_memory(
     assert cppo_xpu.probe().memory.headroom_bytes() == 1000 - 20
 
 
-def test_the_allocator_is_set_before_the_first_allocation_unless_somebody_did(
+def test_the_allocator_and_attention_are_set_before_their_first_use(
     fake_pytorch: Callable[..., None], environment: dict[str, str]
 ) -> None:
     fake_pytorch(cuda="12.8", accelerator="cuda")
+    torch.backends.cuda.enable_cudnn_sdp(True)
     cppo_cuda.probe()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert environment.pop("PYTORCH_ALLOC_CONF") == "expandable_segments:True"
     environment["PYTORCH_CUDA_ALLOC_CONF"] = "max_split_size_mb:128"
     cppo_cuda.probe()

@@ -93,6 +93,7 @@ def launch(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.usefixtures("two_devices")
 def test_two_processes_share_what_they_know_and_miss_each_other(tmp_path: Path) -> None:
     script = tmp_path / "joined.py"
     script.write_text(JOINED)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -45,7 +46,7 @@ def main() -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "backend": found.name,
         "threads": given.threads,
-        "environment": describe(backend) | {"trl": version("trl")},
+        "environment": describe(backend) | _peers(),
         "rows": [],
     }
     for section in wanted:
@@ -78,6 +79,15 @@ def main() -> None:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     console.say(f"report: {given.json}")
+
+
+def _peers() -> dict[str, str]:
+    """The versions of those that are installed."""
+    found = {}
+    for name in ("trl", "liger-kernel"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 from floor import least_operations
 from measure import Row, compare, peak_bytes, peak_operations
@@ -45,8 +47,11 @@ def measure(
     )
     if not timed:
         return []
+    del ours  # its optimizer holds weights too
+    held = 2 * sum(p.numel() * p.element_size() for p in work.policy.model.parameters())
     work.policy.model.zero_grad()
     place(work.policy.model, "meta")  # to leave the peer by itself
+    gc.collect()
     peer_peak = peak_bytes(backend, peer.update)
     seconds, peer_seconds = timed[0].subject_values, timed[0].peer_values
     least = least_operations(work, perception_tokens=perception_tokens)
@@ -77,5 +82,13 @@ def measure(
             peer_values=[peer_peak / 2**30],
             unit="GiB",
             target=0.7,
+        ),
+        Row(
+            what=f"{what}: peak memory above weights and gradients",
+            subject=NAME,
+            peer=PEER,
+            subject_values=[(our_peak - held) / 2**30],
+            peer_values=[(peer_peak - held) / 2**30],
+            unit="GiB",
         ),
     ]

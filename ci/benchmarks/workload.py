@@ -38,6 +38,8 @@ class Size:
     vocabulary: int
     vision_layers: int
     vision_hidden: int
+    vision_intermediate: int
+    vision_whole: tuple[int, ...]  # layers whose attention is not in windows
 
 
 SMALL = Size(
@@ -49,6 +51,8 @@ SMALL = Size(
     vocabulary=2048,
     vision_layers=4,
     vision_hidden=160,
+    vision_intermediate=427,
+    vision_whole=(3,),
 )
 # Qwen2.5-VL-3B's own numbers.
 THREE_BILLION = Size(
@@ -60,6 +64,8 @@ THREE_BILLION = Size(
     vocabulary=151_936,
     vision_layers=32,
     vision_hidden=1280,
+    vision_intermediate=3420,
+    vision_whole=(7, 15, 23, 31),
 )
 
 
@@ -105,10 +111,10 @@ def make_model(size: Size, tokenizer: Any, dtype: torch.dtype, attention: str) -
         vision_config={
             "depth": size.vision_layers,
             "hidden_size": size.vision_hidden,
-            "intermediate_size": int(size.vision_hidden * 2.67),
+            "intermediate_size": size.vision_intermediate,
             "num_heads": max(1, size.vision_hidden // 80),
             "out_hidden_size": size.hidden,
-            "fullatt_block_indexes": [size.vision_layers - 1],
+            "fullatt_block_indexes": list(size.vision_whole),
         },
         image_token_id=ids["image"],
         video_token_id=ids["video"],

@@ -14,7 +14,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from cppo.attention import attend, eager_attention
-from cppo.doctor.finding import Examination, Finding, at_most, not_run, relative_error, short
+from cppo.device import first_line
+from cppo.doctor.finding import (
+    Examination,
+    Finding,
+    at_most,
+    holds,
+    not_run,
+    relative_error,
+    short,
+)
 from cppo.policy.groups import Kernel, Layout, attend_in_groups
 
 ROWS, HEADS, KEY_HEADS, HEAD_SIZE = 2, 8, 2, 64
@@ -48,14 +57,19 @@ def _kernels(case: _Case, device: torch.device) -> Iterator[Finding]:
         if kernel is SDPBackend.ERROR:
             continue
         label = f"sdpa's {name.lower()}"
+        what = f"{label} {short(case.dtype)}"
+        switched_on = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+        if kernel is SDPBackend.CUDNN_ATTENTION and not switched_on:
+            yield not_run(what, "the backend has switched it off")
+            continue
         try:
             with sdpa_kernel(kernel):
                 yield from case.compare(label, "sdpa", device)
         except RuntimeError as error:
-            if not any(reason in str(error) for reason in NO_KERNEL):
-                raise
-            what = f"{label} {short(case.dtype)}"
-            yield not_run(what, "not for these shapes, or not on this device")
+            if any(reason in str(error) for reason in NO_KERNEL):
+                yield not_run(what, "not for these shapes, or not on this device")
+            else:
+                yield holds(what, False, first_line(error))
 
 
 def _in_groups(

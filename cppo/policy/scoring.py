@@ -147,7 +147,7 @@ def encode_images(policy: Policy, prompts: Sequence[Prompt]) -> Tensor | None:
         with torch.set_grad_enabled(torch.is_grad_enabled() and policy.learns_to_see):
             encoded = policy.family.encode(
                 policy.base,
-                torch.cat([prompt.pixels for prompt in fresh.values()]).to(policy.device),
+                torch.cat([prompt.pixels.to(policy.device) for prompt in fresh.values()]),
                 torch.cat([prompt.grids for prompt in fresh.values()]).to(policy.device),
             )
         start = 0
