@@ -46,7 +46,7 @@ METHODS: dict[str, Callable[..., GRPO]] = {
 
 
 def build(name: str, options: Mapping[str, Any] | None = None) -> GRPO:
-    """The method called `name`, with its published defaults but for `options`.
+    """The method called `name`, its own settings as published, but for `options`.
 
     Raises ValueError for an unknown name or option (naming the nearest) and for a value out of
     range.

@@ -52,7 +52,9 @@ CHOICES = {
 class CPPO(GRPO):
     """GRPO plus `weight` times the contrastive perception loss.
 
-    The defaults are the paper's and its synchronous code's; what goes beyond both is marked (ours).
+    What is CPPO's own is by default as in its synchronous code; what goes beyond the publication is
+    marked (ours). The recipe is GRPO's: the published one adds a reference term of 0.01, a dual
+    clip of 3.0 and averages over each micro-batch (see `configs/cppo-*`).
 
     Args:
         weight: Of the contrastive term (lambda).
