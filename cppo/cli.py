@@ -80,7 +80,7 @@ def study(arguments: Sequence[str]) -> int:
     extra = {
         "only": (list, None, "Variants to run; all of them if none is named."),
         "report-only": (bool, False, "Report on the runs that are there, and run none."),
-        "report-to": (str, None, "Folder of the report, such as that of another --baseline."),
+        "report-to": (str, None, "Folder of that report; the study's own if none is given."),
     }
     parsed = _parse("study", StudyConfig, arguments, extra=extra)
     if parsed is None:

@@ -395,10 +395,10 @@ class Trainer:
         weights = torch.load(found.folder / "weights.pt", map_location="cpu")
         self.policy.model.load_state_dict(weights, strict=False)
         optimizer = torch.load(found.folder / "optimizer.pt", map_location="cpu")
-        settings = [dict(group) for group in self.optimizer.param_groups]
+        settings = self.optimizer.param_groups
+        for group, given in zip(optimizer["param_groups"], settings, strict=True):
+            group.update({name: given[name] for name in ("betas", "weight_decay", "fused")})
         self.optimizer.load_state_dict(optimizer)
-        for group, given in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update({name: given[name] for name in ("betas", "weight_decay")})
         self.processes.restore(found.state["processes"])
         self.step, self.before = found.step, found.state["before"]
         self.bad_steps, self.feed_state = found.state["bad_steps"], dict(found.state["feed"])

@@ -44,7 +44,7 @@ class _Ahead:
     """What is known of a micro-batch before the pass with gradient."""
 
     plan: Plan
-    constant: Mapping[str, Scores]  # of the views without gradient
+    constant: Mapping[str, Scores]  # of the views that detect without gradient
 
 
 class Updater:
@@ -179,15 +179,14 @@ class Updater:
         Of a view that the plan does not read, only the tokens that it chose go on to the
         vocabulary.
         """
-        views = [view for view in self._method.views if view.gradient]
-        later = [view for view in views if view.read_on and (ahead or not view.detects)]
-        rows = rows_of(samples, [view for view in views if view not in later])
+        learning = [view for view in self._method.views if view.gradient]
+        later = [view for view in learning if view.read_on and (ahead or not view.detects)]
+        rows = rows_of(samples, [view for view in learning if view not in later])
         chosen = on_views(samples, later, rows[AS_IT_IS])
-        still = [view for view in self._method.views if not view.gradient]
-        last = [view for view in still if view.read_on and not view.detects]
         constant = dict(ahead.constant) if ahead else {}
-        first = [view for view in still if view not in last and view.name not in constant]
-        constant |= self._constant(samples, first)
+        still = [v for v in self._method.views if not v.gradient and v.name not in constant]
+        in_part = [view for view in still if view.read_on and not view.detects]
+        constant |= self._constant(samples, [view for view in still if view not in in_part])
         plans = [ahead.plan] if ahead else []
 
         def tokens_of(scores: Scores) -> Tokens:
@@ -200,7 +199,7 @@ class Updater:
             return chosen_tokens(plans[0], later, chosen)
 
         scores = self._scorer(flat(rows), flat(chosen), choose)
-        constant |= self._constant(samples, last, plans[0])
+        constant |= self._constant(samples, in_part, plans[0])
         return tokens_of(scores), plans[0]
 
     def _constant(

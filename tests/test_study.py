@@ -878,6 +878,8 @@ def test_a_setting_that_there_was_not_yet_had_its_default(tmp_path: Path) -> Non
 def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no run is finished in"):
         command.run(config(SETTINGS, output=str(tmp_path)), report_only=True)
+    with pytest.raises(ValueError, match="report-to is where --report-only writes"):
+        command.run(config(SETTINGS, output=str(tmp_path)), report_to=str(tmp_path / "there"))
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

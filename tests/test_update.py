@@ -659,6 +659,18 @@ TRAINED_IN_TWO: dict[str, tuple[str, dict[str, Any], Sequence[Sequence[int]], st
         ((0, 2), (1, 3, 4, 5)),
         "group",
     ),
+    "a constant view in part, ahead": (
+        "cppo",
+        {"weight": 1.0, "stop_gradient": ["preserved"]},
+        ((0, 2, 3), (1, 4, 5)),
+        "group",
+    ),
+    "a constant view in part, on the way": (
+        "cppo",
+        {"weight": 1.0, "stop_gradient": ["preserved"]},
+        ((0, 2, 3), (1, 4, 5)),
+        "whole",
+    ),
     "sums over a constant": ("dr_grpo", {}, ((5, 0), (1, 2, 3, 4)), "sample"),
 }
 BROKEN = "one process not finite"

@@ -21,7 +21,7 @@ from workload import SMALL, Workload, make_workload
 from cppo.device import Backend
 from cppo.policy import Prompt
 
-WINDOW_PATCHES = 64  # that the vision tower's patches see in all blocks but the last
+WINDOW_PATCHES = 64  # that the vision tower's patches see where they attend in windows
 
 
 def measure(backend: Backend, repeats: int) -> list[Row]:
@@ -81,9 +81,10 @@ def least_operations(work: Workload, *, perception_tokens: float) -> float:
         pairs += sum(own * prompt + own * (own + 1) / 2 for prompt, own in responses)
         total += 2 * layers * tokens + width * pairs
         patches = [len(prompt.pixels) for prompt in prompts]
-        depth, hidden = len(tower.blocks), tower.config.hidden_size
+        hidden, whole = tower.config.hidden_size, len(tower.config.fullatt_block_indexes)
+        windows = (len(tower.blocks) - whole) * WINDOW_PATCHES
         merged = _matrices([tower.merger]) / tower.config.spatial_merge_size**2
-        seen = sum((depth - 1) * WINDOW_PATCHES * count + count**2 for count in patches)
+        seen = sum(windows * count + whole * count**2 for count in patches)
         total += 2 * (_matrices([tower.patch_embed, *tower.blocks]) + merged) * sum(patches)
         total += 4 * hidden * seen
     learning = sum(len(s.ids) for s in work.samples) + len(work.views) * perception_tokens

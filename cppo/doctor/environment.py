@@ -43,7 +43,7 @@ def describe(backend: Backend) -> dict[str, str]:
 
 
 def _code() -> str:
-    """A digest of the library's source: where it differs, other code ran."""
+    """A digest of the library's source, backends aside: where it differs, other code ran."""
     digest, root = hashlib.blake2b(digest_size=6), Path(cppo.__file__).parent
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())

@@ -32,6 +32,8 @@ def run(
     where a run failed."""
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise ValueError(f"a study needs {' and '.join(missing)}: pip install 'cppo[study]'")
+    if report_to and not report_only:
+        raise ValueError("report-to is where --report-only writes: give that too, or leave it out")
     study, console, status = plan(config), Console(), 0
     chosen, records = study.only(only), finished(study)
     if not report_only:

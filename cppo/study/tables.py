@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from cppo.settings import flatten
 from cppo.study.plan import START
@@ -75,11 +76,9 @@ def introduction(summary: Summary) -> list[str]:
 
 def _changes(summary: Summary) -> Table:
     """What tells the variants apart."""
-    rows = [
-        (v.name, ", ".join(f"`{name}={_setting(value)}`" for name, value in flatten(v.changes)))
-        for v in summary.variants
-    ]
-    note = "All else is as above, or as `cppo train` and the method have it by default."
+    rows = [("all", _settings(summary.base))]
+    rows += [(variant.name, _settings(variant.changes)) for variant in summary.variants]
+    note = "All else is as `cppo train` and the method have it by default."
     return Table(
         title="Variants",
         header=("variant", "settings of its own"),
@@ -89,8 +88,14 @@ def _changes(summary: Summary) -> Table:
     )
 
 
-def _setting(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+def _settings(changes: Mapping[str, Any]) -> str:
+    written = []
+    for name, value in flatten(changes):
+        options = value if isinstance(value, Mapping) else {"": value}
+        for option, given in options.items():
+            text = given if isinstance(given, str) else json.dumps(given)
+            written.append(f"`{f'{name}.{option}'.strip('.')}={text}`")
+    return ", ".join(written)
 
 
 def _accuracy(summary: Summary) -> Table:
