@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -240,6 +241,22 @@ def test_the_studies_of_the_repository_compare_what_they_are_to_compare() -> Non
     }
     assert len([each for each in options if "removing" in each]) >= 4
     assert all(len(each) <= 1 for each in options)  # one at a time
+
+
+@pytest.mark.parametrize("name", ["methods", "cppo-ablations"])
+def test_the_documents_quote_what_the_studies_found(name: str) -> None:
+    documents = TESTS.parent / "docs"
+    study = json.loads((documents / "study" / name / "study.json").read_text())
+    text = (documents / "study.md").read_text()
+    assert len(study["variants"]) >= 7
+    assert study["missing"] == []
+    for variant in study["variants"]:
+        mean, half = (100 * variant["means"]["accuracy"][key] for key in ("value", "half_width"))
+        cells = f"{mean:.1f}{' %' * (name == 'methods')} [{mean - half:.1f}, {mean + half:.1f}]"
+        assert re.search(rf"^\| `{variant['name']}` \|.* {re.escape(cells)} \|", text, re.M), cells
+        if difference := variant["differences"].get("accuracy"):
+            points, half = 100 * difference["value"], 100 * difference["half_width"]
+            assert f" {points:+.1f} [{points - half:+.1f}, {points + half:+.1f}] " in text
 
 
 # What is wrong is named, before anything runs.
