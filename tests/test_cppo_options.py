@@ -252,6 +252,22 @@ def test_gradients_are_the_finite_differences(options: dict[str, Any]) -> None:
     assert_gradients_are_the_finite_differences(method, tokens)
 
 
+def test_cppo_areal_of_a_hand_worked_response() -> None:
+    # All three entropies rise, by 3/4, 1/2 and 1/5 of the removed view's: ceil(3/2) = 2 are kept.
+    # There l- - l+ is -0.2 and 0: ln(1 + e^-2) = 0.126928 and ln 2, on average 0.410038. Ratios are
+    # 1, so the policy's loss is -2.
+    gaps = {"preserved": [[0.1, 0.2, 0.0]], "removed": [[-0.1, 0.2, 0.0]]}
+    tokens = batch_of([[0.0] * 3], [2.0], gaps)
+    removed = replace(tokens.views["removed"], entropy=entropies([4.0, 2.0, 1.25]))
+    seen = replace(tokens.seen, entropy=torch.ones(1, 3).double())
+    tokens = replace(tokens, seen=seen, views={**tokens.views, "removed": removed})
+    method = build("cppo_areal", {"weight": 0.5})
+    perceived = method.plan(tokens).averages["perception"].mask
+    assert perceived.tolist() == [[True, True, False]]
+    check(total(method, tokens), -2 + 0.5 * 0.410038, 1e-6)
+    assert_gradients_are_the_finite_differences(method, tokens)
+
+
 def test_the_contrast_trains_alone_without_the_policy_term() -> None:
     tokens = seen_and_removed()
     alone, both = cppo(policy_term=False, weight=0.3), cppo(weight=0.3)
