@@ -149,8 +149,7 @@ class Trainer:
             lr=settings.learning_rate,
             betas=(settings.beta1, settings.beta2),
             weight_decay=settings.weight_decay,
-            # PyTorch's own choice on CUDA and ROCm holds a copy of all weights for a moment.
-            fused=True if self.policy.device.type == "cuda" else None,
+            foreach=False,  # which would hold a copy of all weights for a moment
         )
         self.reference: Scorer | None = None
         if self.method.reference_kl and not self.policy.has_adapters:
@@ -397,7 +396,7 @@ class Trainer:
         optimizer = torch.load(found.folder / "optimizer.pt", map_location="cpu")
         settings = self.optimizer.param_groups
         for group, given in zip(optimizer["param_groups"], settings, strict=True):
-            group.update({name: given[name] for name in ("betas", "weight_decay", "fused")})
+            group.update({name: given[name] for name in ("betas", "weight_decay", "foreach")})
         self.optimizer.load_state_dict(optimizer)
         self.processes.restore(found.state["processes"])
         self.step, self.before = found.step, found.state["before"]
