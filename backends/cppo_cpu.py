@@ -16,14 +16,34 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from cppo.attention import usable
-from cppo.device import Backend, Memory, Unavailable
+from cppo.attention import partial_or_none, usable
+from cppo.device import Backend, Memory, PartialAttention, Unavailable
 
 PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
 
 log = logging.getLogger(__name__)
+
+# What scaled_dot_product_attention runs on a CPU, which gives the log-sum-exp too.
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    attended, logsumexp = _FLASH(query, key, value, 0.0, causal, scale=scale)
+    return attended, logsumexp
+
+
+def _go_back(*given: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    of_query, of_key, of_value = _FLASH_BACKWARD(*given, 0.0, causal, scale=scale)
+    return of_query, of_key, of_value
+
+
+PARTIAL_ATTENTION = PartialAttention(forward=_attend, backward=_go_back)
 
 
 def probe() -> Backend:
@@ -36,6 +56,7 @@ def probe() -> Backend:
         precision=(torch.float32, torch.bfloat16) if _has_bfloat16() else (torch.float32,),
         collectives="gloo",
         memory=_memory(),
+        partial_attention=partial_or_none(PARTIAL_ATTENTION, "cpu"),
     )
 
 

@@ -46,6 +46,23 @@ class Memory:
     move it."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PartialAttention:
+    """Attention that tells its log-sum-exp, by which attention to parts of the keys can be merged.
+
+    Shapes: query (1, H, Q, D), key and value (1, h, K, D), H a multiple of h; attended
+    (1, H, Q, D), logsumexp (1, H, Q), of the scaled scores, in nats, float32 or wider. Tensors may
+    be strided. `causal` where queries and keys are of the same positions.
+    """
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    """(query, key, value, *, causal, scale) to attended and logsumexp."""
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    """(gradient of attended, query, key, value, attended, logsumexp, *, causal, scale) to the
+    gradients of query, key and value. `attended` and `logsumexp` may be those of more keys: then
+    the gradients are these keys' share."""
+
+
 def _default_token_statistics() -> Callable[..., tuple[Tensor, Tensor]]:
     from cppo.statistics import chunked_token_statistics
 
@@ -71,6 +88,8 @@ class Backend:
         default_factory=_default_token_statistics
     )
     """The hot kernel, as `cppo.statistics.token_statistics`; a vendor may bring a faster one."""
+    partial_attention: PartialAttention | None = None
+    """With it the group layout is attended to in parts, without padding; else under a mask."""
 
 
 @dataclass(frozen=True, kw_only=True)

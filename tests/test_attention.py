@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cppo import attention
-from cppo.device import Unavailable
+from cppo.device import Unavailable, choose
 
 Attend = Callable[..., Tensor]
 
@@ -95,6 +97,36 @@ def test_hardware_where_no_attention_works_is_not_usable(monkeypatch: pytest.Mon
     monkeypatch.setattr(attention, "attend", attend)
     with pytest.raises(Unavailable, match=r"no attention works on cpu \(eager: .*out of memory"):
         attention.usable(("sdpa", "eager"), "cpu", torch.float32)
+
+
+def test_partial_attention_is_offered_where_a_trial_agrees_with_attention_written_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    part = choose("cpu").partial_attention
+    assert part is not None  # or what it stands on has changed in this PyTorch
+    assert attention.partial_or_none(part, "cpu") is part
+
+    def in_bits(*given: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        attended, logsumexp = part.forward(*given, **options)
+        return attended, logsumexp / math.log(2)  # the base that some kernels have
+
+    def unfit(*given: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        raise TypeError("takes 9 positional arguments\nand a stack that nobody reads")
+
+    def half(*given: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = part.backward(*given, **options)
+        return query, key, value / 2
+
+    for broken, reason in (
+        (replace(part, forward=in_bits), "it differs from attention written out"),
+        (replace(part, backward=half), "it differs from attention written out"),
+        (replace(part, backward=unfit), "TypeError: takes 9 positional arguments"),
+    ):
+        caplog.clear()
+        assert attention.partial_or_none(broken, "cpu") is None
+        assert caplog.messages == [
+            f"attention in parts fails a trial on cpu, and is not used: {reason}"
+        ]
 
 
 def test_pytorchs_own_attention_is_all_there_is_without_transformers(

@@ -18,10 +18,16 @@ from torch.nn.functional import scaled_dot_product_attention
 from cppo.attention import eager_attention
 from cppo.device import choose
 from cppo.policy import Policy, Row, Scorer, load
-from cppo.policy.groups import Layout, attend_in_groups
+from cppo.policy.groups import Layout
 from cppo.policy.padded import pad_rows
 
-KERNELS = (scaled_dot_product_attention, eager_attention)
+CPU = choose("cpu")
+MASKED = replace(CPU, partial_attention=None)  # as on devices that have no attention in parts
+WAYS = {
+    "in parts": {"kernel": scaled_dot_product_attention, "part": CPU.partial_attention},
+    "masked": {"kernel": scaled_dot_product_attention, "part": None},
+    "masked, eager": {"kernel": eager_attention, "part": None},
+}
 TOLERANCE = 1e-10  # in float64
 
 
@@ -58,11 +64,11 @@ groups = st.lists(
 )
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=["sdpa", "eager"])
+@pytest.mark.parametrize("way", WAYS)
 @settings(max_examples=30, deadline=None)
 @given(groups=groups, heads=st.sampled_from([(4, 2), (3, 3), (4, 1)]))
 def test_a_response_attends_to_its_prompt_and_itself(
-    kernel: Any, groups: list[tuple[int, list[int]]], heads: tuple[int, int]
+    way: str, groups: list[tuple[int, list[int]]], heads: tuple[int, int]
 ) -> None:
     prompts, responses = [p for p, _ in groups], [r for _, r in groups]
     length = sum(prompts) + sum(map(sum, responses))
@@ -72,11 +78,12 @@ def test_a_response_attends_to_its_prompt_and_itself(
         for count in (heads[0], heads[1], heads[1])
     )
     packed = [x.transpose(0, 1)[None] for x in (query, key, value)]
-    layout = Layout.of(prompts, responses)
-    attended = attend_in_groups(*packed, layout, scale=8**-0.5, kernel=kernel)[0]
+    kernel, part = WAYS[way]["kernel"], WAYS[way]["part"]
+    layout = Layout(prompts=prompts, responses=responses, part=part)
+    attended = layout.attend(*packed, layer=0, scale=8**-0.5, kernel=kernel)[0]
     truth = one_by_one(prompts, responses, query, key, value)
     # The eager softmax is computed in float32, as in transformers' models.
-    tolerance = TOLERANCE if kernel is scaled_dot_product_attention else 1e-5
+    tolerance = 1e-5 if kernel is eager_attention else TOLERANCE
     torch.testing.assert_close(attended, truth, atol=tolerance, rtol=tolerance)
     upstream = torch.randn_like(truth)
     inputs = (query, key, value)
@@ -139,7 +146,9 @@ def test_a_group_of_any_size_scores_as_its_responses_do_alone(
     rows = make_rows(policy, responses)
     together = scores_and_gradients(policy, [rows])
     assert_same(together, scores_and_gradients(policy, [[row] for row in rows]))
-    # And as in transformers' own attention, over padded rows.
+    # And as under a mask, and in transformers' own attention, over padded rows.
+    masked = Scorer(policy, MASKED, temperature=0.7)
+    assert_same(together, scores_and_gradients(policy, [rows], masked))
     padded = Scorer(policy, choose("cpu"), temperature=0.7)
     padded._arrange = pad_rows
     with as_loaded(policy):

@@ -7,6 +7,7 @@ short response, and rows of different lengths.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,7 +25,8 @@ from cppo.doctor.finding import (
     relative_error,
     short,
 )
-from cppo.policy.groups import Kernel, Layout, attend_in_groups
+from cppo.policy.groups import Layout
+from cppo.policy.masked import Kernel
 
 ROWS, HEADS, KEY_HEADS, HEAD_SIZE = 2, 8, 2, 64
 LENGTHS = (1088, 700)  # of the rows: 1,024 image tokens and a response, and a smaller image
@@ -44,8 +46,11 @@ def examine(given: Examination) -> Iterator[Finding]:
             yield from case.compare(name, name, given.device)
         if "sdpa" in given.backend.attention:
             yield from _kernels(case, given.device)
-        yield from _in_groups("sdpa", scaled_dot_product_attention, dtype, given.device)
-        yield from _in_groups("eager", eager_attention, dtype, given.device)
+        masked = Layout(prompts=PROMPTS, responses=RESPONSES, device=given.device)
+        if part := given.backend.partial_attention:
+            yield from _in_groups("parts", replace(masked, part=part), dtype)
+        yield from _in_groups("sdpa", masked, dtype)
+        yield from _in_groups("eager", masked, dtype, eager_attention)
 
 
 def _kernels(case: _Case, device: torch.device) -> Iterator[Finding]:
@@ -69,7 +74,7 @@ def _kernels(case: _Case, device: torch.device) -> Iterator[Finding]:
 
 
 def _in_groups(
-    name: str, kernel: Kernel, dtype: torch.dtype, device: torch.device
+    name: str, layout: Layout, dtype: torch.dtype, kernel: Kernel = scaled_dot_product_attention
 ) -> Iterator[Finding]:
     """The group layout: two prompts with their responses in one packed sequence."""
     generator = torch.Generator().manual_seed(0)
@@ -79,10 +84,9 @@ def _in_groups(
         for heads in (HEADS, KEY_HEADS, KEY_HEADS)
     )
     upstream = torch.randn(1, length, HEADS, HEAD_SIZE, generator=generator).to(dtype)
-    layout = Layout.of(PROMPTS, RESPONSES, device)
-    q, k, v = (x.to(device, copy=True).requires_grad_() for x in (query, key, value))
-    attended = attend_in_groups(q, k, v, layout, scale=HEAD_SIZE**-0.5, kernel=kernel)
-    gradients = torch.autograd.grad(attended, (q, k, v), upstream.to(device))
+    q, k, v = (x.to(layout.device, copy=True).requires_grad_() for x in (query, key, value))
+    attended = layout.attend(q, k, v, layer=0, scale=HEAD_SIZE**-0.5, kernel=kernel)
+    gradients = torch.autograd.grad(attended, (q, k, v), upstream.to(layout.device))
     q, k, v = (x.double().requires_grad_() for x in (query, key, value))
     truth = _exact_in_groups(q, k, v)
     true_gradients = torch.autograd.grad(truth, (q, k, v), upstream.double())

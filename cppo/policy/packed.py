@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from cppo.device import PartialAttention
 from cppo.policy.batch import Batch, Row
 from cppo.policy.families import Family
 from cppo.policy.groups import Layout
@@ -42,8 +43,11 @@ def obstacle(family: Family | type[Family], language: Any) -> str:
     return ""
 
 
-def pack(rows: Sequence[Row], device: torch.device) -> Batch:
-    """Prompts, then responses; each response's positions go on from its prompt's."""
+def pack(rows: Sequence[Row], device: torch.device, part: PartialAttention | None = None) -> Batch:
+    """Prompts, then responses; each response's positions go on from its prompt's.
+
+    They are attended to in parts where there is a `part`, else under a mask.
+    """
     groups = _grouped(rows)
     prompts = [group[0].prompt for group in groups]
     present = [_present(prompt) for prompt in prompts]
@@ -63,7 +67,12 @@ def pack(rows: Sequence[Row], device: torch.device) -> Batch:
         return torch.cat([*shortened, *of_responses], dim=-1).to(device)
 
     nowhere = torch.zeros(len(responses), dtype=torch.bool)
-    layout = Layout.of(lengths, [[len(row.response) for row in group] for group in groups], device)
+    layout = Layout(
+        prompts=lengths,
+        responses=[[len(row.response) for row in group] for group in groups],
+        device=device,
+        part=part,
+    )
     return Batch(
         ids=joined([prompt.ids for prompt in prompts], [responses])[None],
         positions=joined([prompt.positions for prompt in prompts], positions)[:, None],
@@ -75,8 +84,8 @@ def pack(rows: Sequence[Row], device: torch.device) -> Batch:
 
 
 def packed_tokens(rows: Sequence[Row]) -> int:
-    """What rows cost: every prompt once, and responses as long as the longest, as attention pads
-    them."""
+    """What rows cost: every prompt once, and responses as long as the longest, as attention under
+    a mask pads them."""
     prompts = {id(row.prompt): int(_present(row.prompt).sum()) for row in rows}
     return sum(prompts.values()) + len(rows) * max(len(row.response) for row in rows)
 

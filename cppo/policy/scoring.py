@@ -34,7 +34,9 @@ class Scorer(nn.Module):
         self._policy = policy
         self._backend = backend
         self._temperature = temperature
-        self._arrange = pack if policy.packs else pad_rows
+        # Where attention is to be written out, it is.
+        part = backend.partial_attention if policy.attention != "eager" else None
+        self._arrange = partial(pack, part=part) if policy.packs else pad_rows
 
     def forward(
         self,
