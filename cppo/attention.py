@@ -7,6 +7,7 @@ head. Attention is causal; rows may be padded on the right.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cppo.device import PartialAttention, Unavailable, claim_device, first_line
+from cppo.device import Unavailable, claim_device, first_line
 
+Kernel = Callable[..., Tensor]  # called as PyTorch's scaled_dot_product_attention is
 KNOWN = ("flash_attention_3", "flash_attention_2", "sdpa", "eager")
 # Packages that bring flash attention, best first: import name by transformers' name for it.
 FLASH_PACKAGES = {"flash_attention_3": "flash_attn_interface", "flash_attention_2": "flash_attn"}
@@ -103,47 +105,6 @@ def usable(candidates: tuple[str, ...], device: str, dtype: torch.dtype) -> tupl
                 "attention %s fails a trial on %s, and is not used: %s", name, device, reason
             )
     return working
-
-
-def partial_or_none(part: PartialAttention, device: str) -> PartialAttention | None:
-    """Partial attention if a trial on the device, forward and backward, agrees with attention
-    written out; else None, and why is logged: operators that PyTorch documents nowhere may change.
-    """
-    reason = _partial_trial(part, device)
-    if reason:
-        log.warning("attention in parts fails a trial on %s, and is not used: %s", device, reason)
-    return None if reason else part
-
-
-def _partial_trial(part: PartialAttention, device: str) -> str:
-    """Why it fails here, or in what it differs from attention written out; empty where it works."""
-    generator = torch.Generator().manual_seed(0)
-    query, key, value, gradient = (
-        torch.randn(1, heads, 16, 64, generator=generator).to(device).requires_grad_()
-        for heads in (4, 2, 2, 4)
-    )
-    inputs, scale = (query, key, value), 0.125
-    for causal in (False, True):
-        with torch.enable_grad():  # whatever the caller is doing
-            scores = query @ key.repeat_interleave(2, dim=1).transpose(2, 3) * scale
-            if causal:
-                later = torch.ones(16, 16, dtype=torch.bool, device=device).triu(1)
-                scores = scores.masked_fill(later, -torch.inf)
-            truth = scores.softmax(-1) @ value.repeat_interleave(2, dim=1)
-            true_gradients = torch.autograd.grad(truth, inputs, gradient)
-        try:
-            with torch.no_grad():
-                attended, logsumexp = part.forward(*inputs, causal=causal, scale=scale)
-                gradients = part.backward(
-                    gradient, *inputs, attended, logsumexp, causal=causal, scale=scale
-                )
-        except Exception as error:  # noqa: BLE001 - what is PyTorch's own may change in any way
-            return f"{type(error).__name__}: {first_line(error)}"
-        truths = (truth, scores.logsumexp(-1), *true_gradients)
-        for found, true in zip((attended, logsumexp, *gradients), truths, strict=True):
-            if found.shape != true.shape or not torch.allclose(found, true, atol=1e-3):
-                return "it differs from attention written out"
-    return ""
 
 
 def installed_flash_attention() -> tuple[str, ...]:

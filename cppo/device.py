@@ -52,7 +52,8 @@ class PartialAttention:
 
     Shapes: query (1, H, Q, D), key and value (1, h, K, D), H a multiple of h; attended
     (1, H, Q, D), logsumexp (1, H, Q), of the scaled scores, in nats, float32 or wider. Tensors may
-    be strided. `causal` where queries and keys are of the same positions.
+    be strided in all dimensions but the last. `causal` where queries and keys are of the same
+    positions.
     """
 
     forward: Callable[..., tuple[Tensor, Tensor]]

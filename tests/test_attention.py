@@ -8,12 +8,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import cppo_cpu
 import pytest
 import torch
 from torch import Tensor
 
 from cppo import attention
 from cppo.device import Unavailable, choose
+from cppo.merged_attention import partial_or_none
 
 Attend = Callable[..., Tensor]
 
@@ -102,31 +104,43 @@ def test_hardware_where_no_attention_works_is_not_usable(monkeypatch: pytest.Mon
 def test_partial_attention_is_offered_where_a_trial_agrees_with_attention_written_out(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    part = choose("cpu").partial_attention
-    assert part is not None  # or what it stands on has changed in this PyTorch
-    assert attention.partial_or_none(part, "cpu") is part
+    part = cppo_cpu.PARTIAL_ATTENTION  # a failure here: what it stands on has changed in PyTorch
+    assert partial_or_none(part, "cpu") is part
 
     def in_bits(*given: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         attended, logsumexp = part.forward(*given, **options)
         return attended, logsumexp / math.log(2)  # the base that some kernels have
 
-    def unfit(*given: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-        raise TypeError("takes 9 positional arguments\nand a stack that nobody reads")
+    def of_its_own(gradient: Tensor, *given: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        inputs = given[:3]
+        return part.backward(gradient, *inputs, *part.forward(*inputs, **options), **options)
 
-    def half(*given: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = part.backward(*given, **options)
-        return query, key, value / 2
+    def with_one_more(*given: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        return (*part.backward(*given, **options), given[0])
+
+    def gone(*given: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        raise AttributeError("no such operator\nand a stack that nobody reads")
 
     for broken, reason in (
         (replace(part, forward=in_bits), "it differs from attention written out"),
-        (replace(part, backward=half), "it differs from attention written out"),
-        (replace(part, backward=unfit), "TypeError: takes 9 positional arguments"),
+        (replace(part, backward=of_its_own), "it differs from attention written out"),
+        (replace(part, backward=with_one_more), "ValueError: "),
+        (replace(part, forward=gone), "AttributeError: no such operator"),
     ):
         caplog.clear()
-        assert attention.partial_or_none(broken, "cpu") is None
-        assert caplog.messages == [
-            f"attention in parts fails a trial on cpu, and is not used: {reason}"
-        ]
+        assert partial_or_none(broken, "cpu") is None
+        [message] = caplog.messages
+        said = f"attention in parts fails a trial on cpu, and is not used: {reason}"
+        assert message.startswith(said)
+        assert "nobody reads" not in message
+
+
+@pytest.mark.parametrize(("threads", "offered"), [(1, True), (2, True), (3, False)])
+def test_the_cpu_attends_in_parts_where_that_is_measured_to_be_faster(
+    monkeypatch: pytest.MonkeyPatch, threads: int, offered: bool
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert (choose("cpu").partial_attention is not None) == offered
 
 
 def test_pytorchs_own_attention_is_all_there_is_without_transformers(

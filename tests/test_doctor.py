@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from cppo import cli
+from cppo.device import choose
 from cppo.doctor.command import End, worst
 from cppo.doctor.worker import SECTIONS
 
@@ -35,6 +36,15 @@ WRONG = """
 
     memory = replace(backend.memory, release=lambda: None)
     return replace(backend, token_statistics=token_statistics, memory=memory)
+"""
+WRONG_IN_PARTS = """
+    part = cppo_cpu.PARTIAL_ATTENTION
+
+    def backward(*given, **options):
+        query, key, value = part.backward(*given, **options)
+        return query, 1.01 * key, value
+
+    return replace(backend, partial_attention=replace(part, backward=backward))
 """
 DEADLY = """
     def token_statistics(*given, **options):
@@ -89,6 +99,9 @@ def test_the_cpu_is_in_good_health(tmp_path: Path, processes: int) -> None:
     assert set(found) == set(SECTIONS)
     verdicts = {finding["verdict"] for findings in found.values() for finding in findings}
     assert "failed" not in verdicts
+    checked = {finding["name"] for finding in found["attention"]}
+    merged = choose("cpu").partial_attention is not None  # fewer threads than it is left to
+    assert ("merged attention in groups float32, gradient" in checked) == merged
     for section, findings in found.items():
         passed = [finding for finding in findings if finding["verdict"] == "passed"]
         alone = processes == 1 and section in ("collectives", "time-out")
@@ -97,8 +110,19 @@ def test_the_cpu_is_in_good_health(tmp_path: Path, processes: int) -> None:
     assert "0 failed" in ended.stdout
 
 
-def test_what_is_wrong_with_a_backend_is_found_and_named(tmp_path: Path) -> None:
-    path = install(tmp_path, "liar", WRONG)
+@pytest.mark.parametrize(
+    ("lies", "sections"),
+    [
+        # An entropy that is too high everywhere masks the same tokens, so the step is the same.
+        (WRONG, {"token statistics", "memory"}),
+        (WRONG_IN_PARTS, {"attention", "training step"}),
+    ],
+    ids=["token statistics", "attention in parts"],
+)
+def test_what_is_wrong_with_a_backend_is_found_and_named(
+    tmp_path: Path, lies: str, sections: set[str]
+) -> None:
+    path = install(tmp_path, "liar", lies)
     (tmp_path / "out").mkdir()
     ended, report = doctor(
         "--backend", "liar", "--json", str(tmp_path / "out" / "report.json"), path=path
@@ -110,8 +134,7 @@ def test_what_is_wrong_with_a_backend_is_found_and_named(tmp_path: Path) -> None
         for section, findings in report["findings"].items()
         if any(finding["verdict"] == "failed" for finding in findings)
     }
-    # An entropy that is too high everywhere masks the same tokens, so the step is the same.
-    assert failed == {"token statistics", "memory"}
+    assert failed == sections
     assert "liar: " in ended.stdout
 
 

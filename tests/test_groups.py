@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cppo_cpu
 import pytest
 import torch
 from families import ITEMS, PACKED, as_loaded, make_prompt, random_response, save_family
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -21,10 +22,11 @@ from cppo.policy import Policy, Row, Scorer, load
 from cppo.policy.groups import Layout
 from cppo.policy.padded import pad_rows
 
-CPU = choose("cpu")
-MASKED = replace(CPU, partial_attention=None)  # as on devices that have no attention in parts
+PART = cppo_cpu.PARTIAL_ATTENTION
+IN_PARTS = replace(choose("cpu"), partial_attention=PART)
+MASKED = replace(IN_PARTS, partial_attention=None)  # as on devices that have no attention in parts
 WAYS = {
-    "in parts": {"kernel": scaled_dot_product_attention, "part": CPU.partial_attention},
+    "in parts": {"kernel": scaled_dot_product_attention, "part": PART},
     "masked": {"kernel": scaled_dot_product_attention, "part": None},
     "masked, eager": {"kernel": eager_attention, "part": None},
 }
@@ -67,6 +69,7 @@ groups = st.lists(
 @pytest.mark.parametrize("way", WAYS)
 @settings(max_examples=30, deadline=None)
 @given(groups=groups, heads=st.sampled_from([(4, 2), (3, 3), (4, 1)]))
+@example(groups=[(530, [70, 33]), (40, [260])], heads=(4, 2))  # several blocks of any kernel
 def test_a_response_attends_to_its_prompt_and_itself(
     way: str, groups: list[tuple[int, list[int]]], heads: tuple[int, int]
 ) -> None:
@@ -95,6 +98,33 @@ def test_a_response_attends_to_its_prompt_and_itself(
         torch.testing.assert_close(found, true, atol=tolerance, rtol=tolerance)
 
 
+def test_parts_are_merged_wide_where_attention_is_narrow() -> None:
+    """As under autocast, rotations having left queries and keys wide."""
+    torch.manual_seed(0)
+    prompts, responses = (40, 7), ((30, 9), (12,))
+    length = sum(prompts) + sum(map(sum, responses))
+    inputs = [torch.randn(length, heads, 64, requires_grad=True) for heads in (4, 2, 2)]
+    upstream = torch.randn(length, 4, 64)
+
+    def given(*tensors: Tensor) -> list[Tensor]:
+        return [x.transpose(0, 1)[None] for x in (*tensors[:2], tensors[2].bfloat16())]
+
+    layout = Layout(prompts=prompts, responses=responses, part=PART)
+    attended = layout.attend(
+        *given(*inputs), layer=0, scale=0.125, kernel=scaled_dot_product_attention
+    )[0]
+    assert attended.dtype == torch.bfloat16
+    wide = [x.detach().bfloat16().double().requires_grad_() for x in inputs]
+    truth = one_by_one(prompts, responses, *wide)
+    pairs = zip(
+        (attended, *torch.autograd.grad(attended, inputs, upstream.bfloat16())),
+        (truth, *torch.autograd.grad(truth, wide, upstream.bfloat16().double())),
+        strict=True,
+    )
+    for found, true in pairs:
+        assert (found - true).norm() < 0.01 * true.norm()
+
+
 @pytest.fixture(scope="module", params=PACKED)
 def folder(request: Any, tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     return save_family(request.param, tmp_path_factory.mktemp(request.param), tokenizer)
@@ -116,7 +146,7 @@ def scores_and_gradients(
     policy: Policy, calls: Sequence[Sequence[Row]], scorer: Scorer | None = None
 ) -> list[Tensor]:
     """Log-probabilities and entropies of all tokens, and each parameter's gradient of a mix."""
-    scorer = scorer or Scorer(policy, choose("cpu"), temperature=0.7)
+    scorer = scorer or Scorer(policy, IN_PARTS, temperature=0.7)
     found: dict[str, list[Tensor]] = {"logprobs": [], "entropy": []}
     for rows in calls:
         scores = scorer(rows)
@@ -178,3 +208,20 @@ def test_a_prompt_passes_the_language_model_once_a_view(folder: Path, attention:
     responses = sum(len(row.response) for row in rows)
     once = sum(prompts.values()) + prompts[id(rows[0].prompt)]
     assert lengths == [(1, once + responses)]
+
+
+def test_scores_are_made_in_parts_unless_attention_is_to_be_eager(folder: Path) -> None:
+    calls = []
+
+    def counted(*given: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        calls.append(1)
+        return PART.forward(*given, **options)
+
+    backend = replace(IN_PARTS, partial_attention=replace(PART, forward=counted))
+    for attention, each_layer in (("sdpa", 2 + 2), ("eager", 0)):
+        policy = load(str(folder), dtype=torch.float32, attention=attention)
+        prompt = make_prompt(policy, ITEMS[0])
+        rows = [Row(prompt=prompt, response=random_response(policy, n, seed=n)) for n in (3, 5)]
+        calls.clear()
+        Scorer(policy, backend, temperature=1.0)(rows)
+        assert len(calls) == each_layer * len(policy.language.layers)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cppo_cpu
 import pytest
 import torch
 from families import (
@@ -427,10 +428,12 @@ def test_a_frozen_vision_tower_has_neither_gradients_nor_adapters(
     assert any(".layers." in name for name in trained(frozen))
 
 
+@pytest.mark.parametrize("in_parts", [True, False])
 def test_autocast_scores_are_float32_and_near_the_exact_ones(
-    policy: Policy, backend: Backend
+    policy: Policy, backend: Backend, in_parts: bool
 ) -> None:
-    rows = make_rows(policy)
+    part = cppo_cpu.PARTIAL_ATTENTION if in_parts else None
+    rows, backend = make_rows(policy), replace(backend, partial_attention=part)
     exact = score(policy, backend, rows)
     with torch.autocast("cpu", torch.bfloat16):
         scores = score(policy, backend, rows)

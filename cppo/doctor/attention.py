@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from cppo.attention import attend, eager_attention
+from cppo.attention import Kernel, attend, eager_attention
 from cppo.device import first_line
 from cppo.doctor.finding import (
     Examination,
@@ -26,7 +26,6 @@ from cppo.doctor.finding import (
     short,
 )
 from cppo.policy.groups import Layout
-from cppo.policy.masked import Kernel
 
 ROWS, HEADS, KEY_HEADS, HEAD_SIZE = 2, 8, 2, 64
 LENGTHS = (1088, 700)  # of the rows: 1,024 image tokens and a response, and a smaller image
@@ -48,7 +47,7 @@ def examine(given: Examination) -> Iterator[Finding]:
             yield from _kernels(case, given.device)
         masked = Layout(prompts=PROMPTS, responses=RESPONSES, device=given.device)
         if part := given.backend.partial_attention:
-            yield from _in_groups("parts", replace(masked, part=part), dtype)
+            yield from _in_groups("merged attention", replace(masked, part=part), dtype)
         yield from _in_groups("sdpa", masked, dtype)
         yield from _in_groups("eager", masked, dtype, eager_attention)
 

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from cppo.attention import eager_attention
+from cppo.attention import Kernel, eager_attention
 from cppo.device import PartialAttention
-from cppo.policy.masked import Kernel, Rows, attend_masked
-from cppo.policy.merged import Group, attend_merged
+from cppo.merged_attention import Places, attend_merged
+from cppo.policy.masked import PaddedRows, attend_masked
 
 
 class Attending(Protocol):
@@ -44,22 +44,23 @@ class Layout:
     prompts: Sequence[int]
     responses: Sequence[Sequence[int]]
     device: torch.device | str = "cpu"
-    part: PartialAttention | None = None  # by which to attend in parts; else under a mask
+    part: PartialAttention | None = None  # that stands for the kernel; without, there is a mask
 
     @cached_property
-    def groups(self) -> list[Group]:
-        """Where each prompt and its responses lie."""
-        ends = itertools.accumulate((*self.prompts, *itertools.chain(*self.responses)))
-        places = (slice(*ends) for ends in itertools.pairwise((0, *ends)))
-        prompts = list(itertools.islice(places, len(self.prompts)))
+    def places(self) -> list[Places]:
+        assert all(self.prompts), "no prompt is empty"
+        assert all(lengths and all(lengths) for lengths in self.responses), "no response is empty"
+        ends = [0, *itertools.accumulate((*self.prompts, *itertools.chain(*self.responses)))]
+        pieces = itertools.starmap(slice, itertools.pairwise(ends))
+        prompts = list(itertools.islice(pieces, len(self.prompts)))
         return [
-            Group(prompt=prompt, responses=tuple(itertools.islice(places, len(lengths))))
+            Places(prompt=prompt, responses=tuple(itertools.islice(pieces, len(lengths))))
             for prompt, lengths in zip(prompts, self.responses, strict=True)
         ]
 
     @cached_property
-    def rows(self) -> Rows:
-        return Rows.of(self.prompts, self.responses, self.device)
+    def rows(self) -> PaddedRows:
+        return PaddedRows.of(self.prompts, self.responses, self.device)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, layer: int, scale: float, kernel: Kernel
@@ -67,7 +68,7 @@ class Layout:
         """Every layer alike."""
         if self.part is None:
             return attend_masked(query, key, value, self.rows, scale=scale, kernel=kernel)
-        return attend_merged(query, key, value, self.groups, scale=scale, part=self.part)
+        return attend_merged(query, key, value, self.places, scale=scale, part=self.part)
 
 
 def name_of(attention: str) -> str:

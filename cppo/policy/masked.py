@@ -1,6 +1,5 @@
-"""Attention of the group layout in two calls: prompts causally, responses under a mask.
-
-Prompts and responses are padded to rows, so that any kernel that takes a mask will do.
+"""Attention of the group layout by any kernel that takes a mask: prompts causally, then responses
+under a mask, those to prompts of one length at once. Both are padded to rows.
 
 Shapes: G groups, R responses in all, L positions of the packed sequence, P of the longest prompt,
 T of the longest response; H query heads, h key and value heads (H is a multiple of h), D of a head.
@@ -9,16 +8,15 @@ T of the longest response; H query heads, h key and value heads (H is a multiple
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from cppo.attention import Kernel
 from cppo.policy.pieces import Pieces
-
-Kernel = Callable[..., Tensor]  # called as PyTorch's scaled_dot_product_attention is
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,7 +29,7 @@ class Span:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Rows:
+class PaddedRows:
     """Prompts, then responses, in a packed sequence, as the rows that attention is given."""
 
     prompts: Pieces
@@ -43,7 +41,7 @@ class Rows:
     @staticmethod
     def of(
         prompts: Sequence[int], responses: Sequence[Sequence[int]], device: torch.device | str
-    ) -> Rows:
+    ) -> PaddedRows:
         """Prompts of these lengths, and of each its responses of those lengths."""
         group = [number for number, lengths in enumerate(responses) for _ in lengths]
         own = Pieces.of([length for lengths in responses for length in lengths], device)
@@ -61,7 +59,7 @@ class Rows:
                 )
             )
             start = stop
-        return Rows(
+        return PaddedRows(
             prompts=Pieces.of(prompts, device),
             responses=own,
             split=sum(prompts),
@@ -74,7 +72,7 @@ def attend_masked(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    rows: Rows,
+    rows: PaddedRows,
     *,
     scale: float,
     kernel: Kernel = scaled_dot_product_attention,
@@ -83,7 +81,7 @@ def attend_masked(
     heads, key_heads, size = query.shape[1], key.shape[1], query.shape[3]
     prompts, responses = rows.prompts, rows.responses
 
-    def parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    def as_rows(tensor: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of prompts and of responses, (G, ., P, D) and (R, ., T, D)."""
         sequence = tensor[0].transpose(0, 1)
         return (
@@ -92,7 +90,7 @@ def attend_masked(
         )
 
     (prompt_query, own_query), (prompt_key, own_key), (prompt_value, own_value) = map(
-        parts, (query, key, value)
+        as_rows, (query, key, value)
     )
     attended_prompts = kernel(
         prompt_query,
@@ -120,8 +118,8 @@ def attend_masked(
             scale=scale,
         )
         attended_responses.append(attended.reshape(-1, heads, width, size))
-    parts_of_sequence = [
+    sequence = [
         prompts.unpad(attended_prompts.transpose(1, 2)),
         responses.unpad(torch.cat(attended_responses).transpose(1, 2)),
     ]
-    return torch.cat(parts_of_sequence)[None]
+    return torch.cat(sequence)[None]

@@ -34,7 +34,7 @@ class Scorer(nn.Module):
         self._policy = policy
         self._backend = backend
         self._temperature = temperature
-        # Where attention is to be written out, it is.
+        # Who asks for eager attention gets it here too.
         part = backend.partial_attention if policy.attention != "eager" else None
         self._arrange = partial(pack, part=part) if policy.packs else pad_rows
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cppo.policy.masked import Kernel
+from cppo.attention import Kernel
 from cppo.policy.pieces import Pieces
 
 ROOM = 64  # tokens of each response that a layer begins with; doubled whenever they are used up

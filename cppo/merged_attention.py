@@ -12,7 +12,8 @@ h), D of a head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +21,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cppo.device import PartialAttention
+from cppo.attention import eager_attention
+from cppo.device import PartialAttention, first_line
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
+class Places:
     """Where a prompt and its responses, one after the other, lie in a packed sequence."""
 
     prompt: slice
@@ -39,7 +43,7 @@ def attend_merged(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    groups: Sequence[Group],
+    groups: Sequence[Places],
     *,
     scale: float,
     part: PartialAttention,
@@ -59,7 +63,7 @@ class _Merged(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        groups: Sequence[Group],
+        groups: Sequence[Places],
         scale: float,
         part: PartialAttention,
     ) -> Tensor:
@@ -116,3 +120,51 @@ class _Merged(torch.autograd.Function):
             for whole, place, share in zip(gradients, places, to_prompt, strict=True):
                 whole[:, :, place] += share
         return (*gradients, None, None, None)
+
+
+def partial_or_none(part: PartialAttention, device: str) -> PartialAttention | None:
+    """Partial attention if attention merged from it agrees on the device with attention written
+    out; else None, and why is logged: operators that PyTorch documents nowhere may change."""
+    reason = _trial(part, device)
+    if reason:
+        log.warning("attention in parts fails a trial on %s, and is not used: %s", device, reason)
+    return None if reason else part
+
+
+def _trial(part: PartialAttention, device: str) -> str:
+    """A prompt and two responses, forward and backward. What is wrong; empty where it works."""
+    generator = torch.Generator().manual_seed(0)
+    places = Places(prompt=slice(0, 20), responses=(slice(20, 33), slice(33, 40)))
+    *inputs, upstream = (
+        torch.randn(1, 40, heads, 64, generator=generator).to(device).transpose(1, 2)
+        for heads in (4, 2, 2, 4)
+    )
+    scale = 0.125
+
+    def differentiate(attend: Callable[[Sequence[Tensor]], Tensor]) -> Sequence[Tensor]:
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+        with torch.enable_grad():  # whatever the caller is doing
+            attended = attend(leaves)
+            return attended, *torch.autograd.grad(attended, leaves, upstream.transpose(1, 2))
+
+    def alone(given: Sequence[Tensor]) -> Tensor:
+        attended = []
+        for own in (slice(0, 0), *places.responses):  # the prompt, and each response behind it
+            q, k, v = (torch.cat([x[:, :, places.prompt], x[:, :, own]], dim=2) for x in given)
+            row = eager_attention(q, k, v, scale=scale, is_causal=True, enable_gqa=True)
+            attended.append(row[:, :, 20:] if own.stop else row)
+        return torch.cat(attended, dim=2).transpose(1, 2)
+
+    def merged(given: Sequence[Tensor]) -> Tensor:
+        query, key, value = given
+        return attend_merged(query, key, value, [places], scale=scale, part=part)
+
+    truth = differentiate(alone)
+    try:
+        found = differentiate(merged)
+        agrees = all(
+            torch.allclose(one, true, atol=1e-3) for one, true in zip(found, truth, strict=True)
+        )
+    except Exception as error:  # noqa: BLE001 - what is PyTorch's own may change in any way
+        return f"{type(error).__name__}: {first_line(error)}"
+    return "" if agrees else "it differs from attention written out"
