@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,8 +24,8 @@ from cppo.merged_attention import partial_or_none
 
 PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
-# That attention in parts is faster with than under a mask, as measured. Its backward pass is shared
-# out by key heads, of which models have few; under a mask, by those of all responses.
+# Up to so many, attention in parts was measured to be faster than under a mask. Its backward pass
+# is shared out by key heads, of which models have few; that under a mask by those of all responses.
 THREADS = 2
 
 log = logging.getLogger(__name__)
@@ -34,14 +34,15 @@ log = logging.getLogger(__name__)
 def probe() -> Backend:
     """The CPU backend; Unavailable only where memory cannot be measured."""
     _keep_freed_memory()
+    # The best is float32 even where bfloat16 is real: only matrix products are faster in it.
+    precision = (torch.float32, torch.bfloat16) if _has_bfloat16() else (torch.float32,)
     return Backend(
         device="cpu",
         attention=usable(("sdpa", "eager"), "cpu", torch.float32),
-        # The best is float32 even where bfloat16 is real: only matrix products are faster in it.
-        precision=(torch.float32, torch.bfloat16) if _has_bfloat16() else (torch.float32,),
+        precision=precision,
         collectives="gloo",
         memory=_memory(),
-        partial_attention=_partial_attention(),
+        partial_attention=_partial_attention(precision),
     )
 
 
@@ -63,11 +64,11 @@ def _go_back(*given: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor
 PARTIAL_ATTENTION = PartialAttention(forward=_attend, backward=_go_back)
 
 
-def _partial_attention() -> PartialAttention | None:
+def _partial_attention(precision: Sequence[torch.dtype]) -> PartialAttention | None:
     if torch.get_num_threads() > THREADS:
         log.info("attention in groups is under a mask: more than %d threads share it out", THREADS)
         return None
-    return partial_or_none(PARTIAL_ATTENTION, "cpu")
+    return partial_or_none(PARTIAL_ATTENTION, "cpu", precision)
 
 
 def _has_bfloat16() -> bool:

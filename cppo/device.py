@@ -90,7 +90,8 @@ class Backend:
     )
     """The hot kernel, as `cppo.statistics.token_statistics`; a vendor may bring a faster one."""
     partial_attention: PartialAttention | None = None
-    """With it the group layout is attended to in parts, without padding; else under a mask."""
+    """With it the group layout is attended to in parts, without padding, unless attention is to be
+    eager; else under a mask. It takes every precision that the backend offers."""
 
 
 @dataclass(frozen=True, kw_only=True)

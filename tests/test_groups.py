@@ -211,6 +211,7 @@ def test_a_prompt_passes_the_language_model_once_a_view(folder: Path, attention:
 
 
 def test_scores_are_made_in_parts_unless_attention_is_to_be_eager(folder: Path) -> None:
+    """The prompt to itself, two responses each to itself, both to the prompt."""
     calls = []
 
     def counted(*given: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
@@ -218,10 +219,26 @@ def test_scores_are_made_in_parts_unless_attention_is_to_be_eager(folder: Path) 
         return PART.forward(*given, **options)
 
     backend = replace(IN_PARTS, partial_attention=replace(PART, forward=counted))
-    for attention, each_layer in (("sdpa", 2 + 2), ("eager", 0)):
+    for attention, each_layer in (("sdpa", 1 + 2 + 1), ("eager", 0)):
         policy = load(str(folder), dtype=torch.float32, attention=attention)
         prompt = make_prompt(policy, ITEMS[0])
         rows = [Row(prompt=prompt, response=random_response(policy, n, seed=n)) for n in (3, 5)]
         calls.clear()
         Scorer(policy, backend, temperature=1.0)(rows)
         assert len(calls) == each_layer * len(policy.language.layers)
+
+
+def test_a_gradient_that_is_one_number_for_all_goes_back_like_any_other() -> None:
+    """A sum's is expanded: it has no strides."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, heads, 21, 8, requires_grad=True) for heads in (4, 2, 2)]
+    layout = Layout(prompts=(9,), responses=((5, 7),), part=PART)
+    options: dict[str, Any] = {"layer": 0, "scale": 0.3, "kernel": scaled_dot_product_attention}
+    attended = layout.attend(*inputs, **options)
+    found = torch.autograd.grad(attended.sum(), inputs, retain_graph=True)
+    assert all(
+        torch.equal(one, true)
+        for one, true in zip(
+            found, torch.autograd.grad(attended, inputs, torch.ones_like(attended)), strict=True
+        )
+    )

@@ -184,17 +184,21 @@ def largest_difference(
 def test_scores_and_gradients_are_those_of_the_plain_model_row_by_row(
     folder: Path, policy: Policy, backend: Backend
 ) -> None:
+    """Whether attention is in parts or under a mask."""
     rows, model = make_rows(policy), load_truth(folder).train()
     truth = true_scores(model, folder, rows)
     functional(truth).backward()
-    found = Scorer(policy, backend, temperature=TEMPERATURE)(rows)
-    functional(unpadded(found, rows)).backward()
+    for part in (cppo_cpu.PARTIAL_ATTENTION, None):
+        policy.model.zero_grad()
+        scorer = Scorer(policy, replace(backend, partial_attention=part), temperature=TEMPERATURE)
+        found = scorer(rows)
+        functional(unpadded(found, rows)).backward()
 
-    assert_same_scores(unpadded(found, rows), truth)
-    assert_same_gradients(gradients(policy.model), gradients(model))
-    for index, row in enumerate(rows):
-        assert not found.logprobs[index, len(row.response) :].any()
-        assert not found.entropy[index, len(row.response) :].any()
+        assert_same_scores(unpadded(found, rows), truth)
+        assert_same_gradients(gradients(policy.model), gradients(model))
+        for index, row in enumerate(rows):
+            assert not found.logprobs[index, len(row.response) :].any()
+            assert not found.entropy[index, len(row.response) :].any()
 
 
 @pytest.mark.parametrize("folder", [*FAMILIES, "smolvlm"], indirect=True)

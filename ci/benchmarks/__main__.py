@@ -46,6 +46,7 @@ def main() -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "backend": found.name,
         "threads": given.threads,
+        "attention in groups": "in parts" if backend.partial_attention else "under a mask",
         "environment": describe(backend) | _peers(),
         "rows": [],
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from dataclasses import replace
 
 from measure import Row, compare
 from subjects import Naive, Ours, Trl
@@ -39,16 +40,32 @@ def measure(backend: Backend, repeats: int) -> list[Row]:
     for (shape, images, responses), (trl, naive) in zip(shapes(), targets, strict=True):
         what = f"update, {shape}"
         rows += one(backend, what, images, responses, repeats, trl=trl, naive=naive)
-    return rows + _cut(backend, shape, repeats)
+    rows += _cut(backend, repeats)
+    return rows + (_under_a_mask(backend, repeats) if backend.partial_attention else [])
 
 
-def _cut(backend: Backend, shape: str, repeats: int) -> list[Row]:
+def _cut(backend: Backend, repeats: int) -> list[Row]:
     """Each group a micro-batch of ours; the peer, at its best, has them all in one."""
+    shape = shapes()[-1][0]
     work = make_workload(backend, size=SMALL, image_tokens=SEVERAL, response_tokens=RAGGED)
     ours, peer = Ours(work, backend, tokens_per_micro_batch=A_GROUP), Trl(work)
     subjects = {"cppo, three views": ours.update, "TRL's GRPO, one view": peer.update}
     what = f"a micro-batch for each group, {shape}"
     return compare(what, subjects, peer="TRL's GRPO, one view", repeats=repeats)
+
+
+def _under_a_mask(backend: Backend, repeats: int) -> list[Row]:
+    """What attention in parts saves: without it, as on most devices, there is a mask."""
+    rows, name = [], "cppo, attention under a mask"
+    masked = replace(backend, partial_attention=None)
+    for shape, images, responses in shapes():
+        work = make_workload(backend, size=SMALL, image_tokens=images, response_tokens=responses)
+        subjects = {
+            "cppo, attention in parts": Ours(work, backend).update,
+            name: Ours(work, masked).update,
+        }
+        rows += compare(f"attention, update of {shape}", subjects, peer=name, repeats=repeats)
+    return rows
 
 
 def one(

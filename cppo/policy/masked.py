@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from cppo.attention import Kernel
 from cppo.policy.pieces import Pieces
@@ -75,7 +74,7 @@ def attend_masked(
     rows: PaddedRows,
     *,
     scale: float,
-    kernel: Kernel = scaled_dot_product_attention,
+    kernel: Kernel,
 ) -> Tensor:
     """`query` (1, H, L, D), `key` and `value` (1, h, L, D). Returns (1, L, H, D)."""
     heads, key_heads, size = query.shape[1], key.shape[1], query.shape[3]
