@@ -156,7 +156,7 @@ def _trial(part: PartialAttention, device: str, dtype: torch.dtype) -> str:
 
     def written_out(given: Sequence[Tensor]) -> Tensor:
         before = places.prompt.stop
-        attended = []
+        attended: list[Tensor] = []
         for own in places.responses:  # each behind the prompt
             q, k, v = (torch.cat([x[:, :, :before], x[:, :, own]], dim=2) for x in given)
             row = eager_attention(q, k, v, scale=scale, is_causal=True, enable_gqa=True)
