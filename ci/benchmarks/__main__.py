@@ -24,7 +24,9 @@ from cppo.console import Console
 from cppo.device import resolve
 from cppo.doctor.environment import describe
 
-SECTIONS = ("update", "floor", "step", "statistics", "growth", "scale")
+# Statistics first: the heap that other sections leave would serve its large blocks, and keep them,
+# so that neither their peak nor the clearing of their pages were seen.
+SECTIONS = ("statistics", "update", "floor", "step", "growth", "scale")
 
 
 def main() -> None:
