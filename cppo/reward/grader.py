@@ -124,7 +124,7 @@ class Grader:
             while not all(worker.ready for worker in self._workers):
                 for worker in self._reporting():
                     self._take_start(worker)
-        except BaseException:
+        except BaseException:  # Ctrl-C above all: leave no worker behind
             self.close()
             raise
 
