@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cppo.device import Backend
 
 USAGE_ERROR = 2
+HELP = ("-h", "--help")
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -124,10 +125,24 @@ def perturb(arguments: Sequence[str]) -> int:
     return 0
 
 
+def methods(arguments: Sequence[str]) -> int:
+    """List the methods, or the options of one: cppo methods NAME."""
+    if _wants_help("methods [NAME]", methods, arguments, most=1):
+        return 0
+    from cppo.console import Console
+    from cppo.report.methods import show, show_all
+
+    if arguments:
+        show(arguments[0], Console())
+    else:
+        show_all(Console())
+    return 0
+
+
 def backends(arguments: Sequence[str]) -> int:
     """List the hardware backends that are installed, and which of them work here."""
-    if arguments:
-        raise ValueError(f"cppo backends takes no arguments, {list(arguments)} were given")
+    if _wants_help("backends", backends, arguments, most=0):
+        return 0
     from cppo.console import Console
     from cppo.device import Unavailable, survey
 
@@ -175,6 +190,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "eval": evaluate,
     "study": study,
     "perturb": perturb,
+    "methods": methods,
     "backends": backends,
     "doctor": doctor,
 }
@@ -183,7 +199,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status: 2 where what was given makes no sense."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given[0] in ("-h", "--help"):
+    if given[:1] == ["help"]:
+        given = [*given[1:2], "--help"]
+    if not given or given[0] in HELP:
         print(_overview())
         return 0
     if given[0] == "--version":
@@ -208,6 +226,20 @@ def _parse(
     command: str, config: type, arguments: Sequence[str], **how: Any
 ) -> tuple[Any, dict[str, Any]] | None:
     return parse(command, COMMANDS[command].__doc__, config, arguments, **how)
+
+
+def _wants_help(
+    usage: str, command: Callable[..., int], arguments: Sequence[str], *, most: int
+) -> bool:
+    """Of a command without settings: shows its help where that is asked for. ValueError for more
+    arguments than it takes."""
+    if any(argument in HELP for argument in arguments):
+        print(f"usage: cppo {usage}\n\n{command.__doc__}")
+        return True
+    if len(arguments) > most:
+        given = " ".join(arguments)
+        raise ValueError(f"usage: cppo {usage}; what was given is {given!r}")
+    return False
 
 
 # --- around a command --------------------------------------------------------------------------

@@ -89,6 +89,8 @@ class Updater:
         ahead = self._plan_ahead(micro_batches) if plans_ahead and len(micro_batches) > 1 else []
         # Where scores decide nothing that is counted, all is known without.
         unplanned = unscored if plans_ahead else [*itertools.chain(*micro_batches), *unscored]
+        real = sum(any(not sample.idle for sample in batch) for batch in micro_batches)
+        share = 1.0 / sum(self._processes.gather([real]))
         self._optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
         finite = True
@@ -100,7 +102,7 @@ class Updater:
                 if denominators is None:
                     plans = [a.plan for a in ahead] or [plan]
                     denominators = self._denominators(plans if plans_ahead else [], unplanned)
-                loss = self._loss(tokens, plan, denominators, len(micro_batches), sums)
+                loss = self._loss(tokens, plan, denominators, share, sums)
                 finite = finite and bool(loss.isfinite())
                 self._processes.backward(loss * self._processes.world)
         norm = self._processes.clip(self._optimizer, self._scorer.parameters(), self._max_grad_norm)
@@ -332,21 +334,19 @@ class Updater:
         tokens: Tokens,
         plan: Plan,
         denominators: Mapping[str, Tensor],
-        micro_batches: int,
+        share: float,
         sums: dict[str, Tensor],
     ) -> Tensor:
-        """This micro-batch's share of the loss; what is worth watching is added to `sums`."""
+        """What this micro-batch adds to the loss; what is worth watching is added to `sums`. Where
+        micro-batches are averaged each by itself, its average has this share in all."""
         # Whatever the terms leave out, the policy has a part in it: idle processes go back too.
         total = 0.0 * tokens.seen.logprobs.where(tokens.mask, 0.0).sum()
         for name, term in self._method.terms(tokens, plan).items():
             average = plan.averages[name]
-            divisor, share = denominators[name], 1.0
-            if self._method.average_over == "micro-batch":
-                divisor = self._units(average)
-                share = 1.0 / (micro_batches * self._processes.world)
-            value = share * aggregate(
-                term.per_token, average.mask, average.mode, denominator=divisor
-            )
+            alone = self._method.average_over == "micro-batch"
+            divisor = self._units(average) if alone else denominators[name]
+            value = aggregate(term.per_token, average.mask, average.mode, denominator=divisor)
+            value = share * value if alone else value
             total = total + term.weight * value
             _add(sums, f"loss/{name}", value.detach(), 0)
         self._watch(tokens, plan, sums)

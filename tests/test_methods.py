@@ -1,5 +1,6 @@
 """Laws of the methods: their options, and what they compute. B responses, T tokens."""
 
+import dataclasses
 import math
 from dataclasses import replace
 from typing import Any
@@ -124,7 +125,13 @@ def test_an_option_out_of_range_is_refused_by_name(option: str, value: Any) -> N
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weight": "much"}, r"'cppo'.* wrong type"),
+        ({"weight": "much"}, r"weight is 'much'; it must be a number$"),
+        ({"weight": True}, r"weight is True; it must be a number$"),
+        ({"weight": None}, r"weight is None; it must be a number$"),
+        ({"dual_clip": "3"}, r"dual_clip is '3'; it must be a number, or null$"),
+        ({"normalize": "flase"}, r"normalize is 'flase'; it must be true or false$"),
+        ({"gate": 1}, r"gate is 1; it must be true or false$"),
+        ({"removing_views": 1.5}, r"removing_views is 1.5; it must be a whole number$"),
         ({"preserving": 5}, r"'cppo'.* wrong type"),
         ({"preserving": ["rotation"]}, r"'cppo'.* wrong type"),
         ({"preserving": {"rotation": 5}}, r"'cppo'.* wrong type"),
@@ -137,6 +144,14 @@ def test_values_and_perturbation_parameters_that_cannot_work_are_refused_at_once
 ) -> None:
     with pytest.raises(ValueError, match=message):
         build("cppo", options)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_word_passes_for_a_number_or_for_true(name: str) -> None:
+    for option, value in dataclasses.asdict(build(name)).items():
+        if isinstance(value, bool | int | float) or value is None:
+            with pytest.raises(ValueError, match=rf"^{option} is 'no'; it must be "):
+                build(name, {option: "no"})
 
 
 def test_the_ends_of_the_ranges_are_allowed() -> None:

@@ -672,6 +672,18 @@ TRAINED_IN_TWO: dict[str, tuple[str, dict[str, Any], Sequence[Sequence[int]], st
         "whole",
     ),
     "sums over a constant": ("dr_grpo", {}, ((5, 0), (1, 2, 3, 4)), "sample"),
+    "means of unequal numbers of micro-batches": (
+        "cppo",
+        {"weight": 1.0, "average_over": "micro-batch"},
+        ((0, 1, 2, 4, 5), (3,)),
+        "sample",
+    ),
+    "means of the micro-batches of one process": (
+        "grpo",
+        {"average_over": "micro-batch"},
+        ((0, 1, 2, 3, 4, 5), ()),
+        "group",
+    ),
 }
 BROKEN = "one process not finite"
 

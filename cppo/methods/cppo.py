@@ -67,16 +67,22 @@ class CPPO(GRPO):
             whole vocabulary (ours).
         stop_gradient: Which of "image", "preserved" and "removed" the contrast sends no gradient
             to (ours); not with "full", whose divergences carry the image's gradient in them.
-        keep, fraction, threshold: Which of the candidates are perception tokens, see
-            `cppo.detector.select_tokens`; as published, the `fraction` of them that score best.
-        count, ties: See `cppo.detector.select_tokens`.
+        keep: Which of the candidates are perception tokens: "fraction", as published, the
+            `fraction` of them that score best; "share_of_rise", the best that make up `fraction`
+            of the sum of their scores (ours); "rise_above", those that score above `threshold`
+            (ours). See `cppo.detector.select_tokens`.
+        fraction: The share that is kept.
+        threshold: What is to be exceeded where keep is "rise_above".
+        count: The number that is kept is rounded down ("floor") or up ("ceil").
+        ties: Of tokens tied at the last place, "keep" takes all and "cut" the earliest.
         gate: Only responses with a positive advantage are contrasted, as published; without it
             all are (ours).
         score: "relative" or "absolute": candidates are the tokens whose entropy rises, ranked by
             that rise, see `cppo.detector.rise`. "divergence": candidates are the tokens whose
             divergence of the image from the removed view is positive, ranked by it, whatever their
             entropy does (ours).
-        draw: See `View`.
+        draw: A view is drawn anew for each image each time its item is read ("image"), or once for
+            all images of an item and for good ("item").
         preserving, removing: Perturbations (name to parameters) of which one is drawn; what is
             given replaces the defaults as a whole.
         removing_views: Removing views, drawn independently, whose entropies and divergences are
@@ -113,10 +119,8 @@ class CPPO(GRPO):
         read = self.keep == "rise_above" or not self.threshold
         require("threshold", self.threshold, read, "0, the default, unless keep is 'rise_above'")
         require("contrast_temperature", tau, tau > 0, "above 0")
-        whole = isinstance(self.removing_views, int) and self.removing_views >= 1
-        require("removing_views", self.removing_views, whole, "a whole number, at least 1")
+        require("removing_views", self.removing_views, self.removing_views >= 1, "at least 1")
         require("stop_gradient", self.stop_gradient, stopped < views, f"some of {sorted(views)}")
-        require("gate", self.gate, isinstance(self.gate, bool), "true or false")
         for option, choices in CHOICES.items():
             require_choice(option, getattr(self, option), choices)
         alone = self.divergence != "full" or not stopped

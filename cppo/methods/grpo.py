@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cppo.methods.method import Average, Plan, Term, Tokens, View
-from cppo.methods.options import require, require_choice
+from cppo.methods.options import require, require_choice, require_types
 from cppo.methods.schedule import Schedule, anneal
 from cppo.objective import Aggregation, clipped_surrogate, divergence, group_advantages
 
@@ -51,6 +51,7 @@ class GRPO:
     resample: bool = False
 
     def __post_init__(self) -> None:
+        require_types(self)
         require("clip_low", self.clip_low, 0 < self.clip_low <= 1, "above 0, at most 1")
         require("clip_high", self.clip_high, self.clip_high > 0, "above 0")
         require(

@@ -35,8 +35,7 @@ class NoisyRollout(GRPO):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole = isinstance(self.noise_step, int) and 0 <= self.noise_step <= 999
-        require("noise_step", self.noise_step, whole, "a whole number from 0 to 999")
+        require("noise_step", self.noise_step, 0 <= self.noise_step <= 999, "from 0 to 999")
         require("noise_slope", self.noise_slope, self.noise_slope >= 0, "at least 0")
         require("noise_midpoint", self.noise_midpoint, 0 <= self.noise_midpoint <= 1, "from 0 to 1")
 

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 from PIL import Image
 
 from cppo.perturb import PRESERVING, REMOVING, perturb
+
+KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
 def require(name: str, given: object, fine: object, allowed: str) -> None:
     """Raises ValueError where an option is out of range."""
     if not fine:
         raise ValueError(f"{name} is {given!r}; it must be {allowed}")
+
+
+def require_types(options: Any) -> None:
+    """Raises ValueError where an option of this dataclass is to be a number, or true or false, and
+    is neither: a word would count as true."""
+    for name, hint in get_type_hints(type(options)).items():
+        given, allowed = getattr(options, name), get_args(hint) or (hint,)
+        kind = next((kind for kind in KINDS if kind in allowed), None)
+        optional = type(None) in allowed
+        if kind is None or (optional and given is None):
+            continue
+        number = isinstance(given, (int, kind)) and not isinstance(given, bool)
+        fine = isinstance(given, bool) if kind is bool else number
+        require(name, given, fine, KINDS[kind] + (", or null" if optional else ""))
 
 
 def require_choice(name: str, given: object, choices: Any) -> None:
