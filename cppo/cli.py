@@ -5,12 +5,10 @@ Only the chosen command's modules are imported, so that `cppo --help` answers at
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +20,14 @@ if TYPE_CHECKING:
 
 USAGE_ERROR = 2
 HELP = ("-h", "--help")
+# What the extras bring, by the names that are imported; embedding needs none of it.
+EXTRAS = {
+    **dict.fromkeys(
+        ("docstring_parser", "huggingface_hub", "jsonargparse", "math_verify"), "train"
+    ),
+    **dict.fromkeys(("peft", "pyarrow", "rich", "tokenizers", "transformers", "yaml"), "train"),
+    **dict.fromkeys(("matplotlib", "scipy"), "train,study"),
+}
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -45,6 +51,7 @@ def train(arguments: Sequence[str]) -> int:
     set_up_logging()
 
     trainer = Trainer(config, folder, resume=options["resume"] is not None)
+    folder = trainer.folder.path
     try:
         summary = trainer.train()
     except Diverged as error:
@@ -220,6 +227,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return COMMANDS[given[0]](given[1:])
     except (ValueError, Unavailable) as error:
         return _complain(str(error))
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get(str(error.name).split(".")[0])
+        if extra is None:
+            raise
+        install = f"pip install 'cppo[{extra}]'"
+        return _complain(f"cppo {given[0]} needs {error.name}, which is not installed: {install}")
 
 
 def _parse(
@@ -259,14 +272,12 @@ def _complain(message: str, status: int = USAGE_ERROR) -> int:
     return status
 
 
-def _run_folder(config: TrainConfig, resumed: str | None) -> Path:
+def _run_folder(config: TrainConfig, resumed: str | None) -> Path | None:
+    """The folder that was asked for; None where none was."""
     if resumed is not None:
         return Path(resumed)
     if config.output is None:
-        name = f"{datetime.now():%Y%m%d-%H%M%S}-{config.method}-{Path(config.model).name}"
-        others = (f"{name}-{number}" for number in itertools.count(2))
-        folders = (Path("runs") / each for each in itertools.chain([name], others))
-        return next(folder for folder in folders if not folder.exists())
+        return None
     folder = Path(config.output)
     if (folder / "config.yaml").exists():
         raise ValueError(

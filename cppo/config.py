@@ -353,6 +353,8 @@ def check(config: TrainConfig | EvalConfig | StudyConfig | PerturbConfig | Docto
             raise ValueError(f"{name} is {given!r}; it must be at least {minimum}")
         if name.endswith("top_p") and not 0 < given <= 1:
             raise ValueError(f"{name} is {given!r}; it must be above 0, at most 1")
+        if name == "dataset.max_skipped_share" and not 0 <= given <= 1:
+            raise ValueError(f"{name} is {given!r}; it must be from 0 to 1")
         if name in SHARES and not 0 < given < 1:
             raise ValueError(f"{name} is {given!r}; it must be between 0 and 1")
         if name in CHOICES and given not in CHOICES[name]:
@@ -381,7 +383,6 @@ MINIMA: Mapping[str, float] = {
     "batch_responses": 1,
     "max_resamples": 0,
     "temperature": 0,
-    "dataset.max_skipped_share": 0,
     "dataset.max_image_pixels": 1,
     "policy.max_prompt_tokens": 1,
     "policy.lora_rank": 0,

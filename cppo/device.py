@@ -318,7 +318,7 @@ def _pick(candidates: list[Candidate]) -> tuple[Candidate, str]:
     if accelerators:
         return accelerators[0], f"the only accelerator usable here ({others})"
     if cpus:
-        return cpus[0], f"no accelerator is usable here ({others})"
+        return cpus[0], "no accelerator is usable here (cppo backends says why)"
     raise ValueError(
         f"backend 'auto' found nothing that can run here ({others}): "
         "reinstall cppo, or install a package that provides a backend"

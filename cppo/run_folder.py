@@ -13,24 +13,45 @@ model/          the final model, for `from_pretrained`
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
 
+def claim(method: str, model: str) -> Path:
+    """A new folder under runs/, made at once, so that no run of the same second has it too."""
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{method}-{Path(model).name}"
+    for number in itertools.count(1):
+        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+    raise AssertionError("numbers do not end")
+
+
 class RunFolder:
-    """Writes into a run's folder. With `active` False (other processes than the first), nothing."""
+    """Writes into a run's folder. With `active` False (other processes than the first), nothing.
+
+    The folder is locked until `close`, or until its process ends; ValueError where another run
+    holds it.
+    """
 
     def __init__(self, path: Path, *, active: bool = True) -> None:
         self.path, self._active = path, active
         self._board: Any = None
         self._purged_from: int | None = None  # in TensorBoard's log
+        self._lock: TextIO | None = None
         if active:
             path.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(path)
 
     @property
     def checkpoints(self) -> Path:
@@ -46,8 +67,7 @@ class RunFolder:
 
     def write_config(self, settings: Mapping[str, Any]) -> None:
         if self._active:
-            text = yaml.safe_dump(_plain(settings), sort_keys=False)
-            (self.path / "config.yaml").write_text(text, encoding="utf-8")
+            self._replace("config.yaml", yaml.safe_dump(_plain(settings), sort_keys=False))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         if self._active:
@@ -59,7 +79,10 @@ class RunFolder:
 
     def log_evaluation(self, step: int, results: Mapping[str, Any]) -> None:
         self._append("evaluation.jsonl", {"step": step, **results})
-        values = {f"eval/{n}": r["value"] for n, r in results.items() if isinstance(r, Mapping)}
+        estimates = {**results, **results.get("kinds", {})}
+        values = {
+            f"eval/{n}": r.get("value") for n, r in estimates.items() if isinstance(r, Mapping)
+        }
         self._plot(step, {name: v for name, v in values.items() if isinstance(v, float)})
 
     def log_samples(self, records: Iterable[Mapping[str, Any]]) -> None:
@@ -78,11 +101,19 @@ class RunFolder:
                 # Not splitlines: responses may hold line separators that JSON leaves as they are.
                 lines = path.read_text(encoding="utf-8").split("\n")
                 kept = [line for line in lines if _stays(line, step)]
-                path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+                self._replace(name, "".join(f"{line}\n" for line in kept))
 
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    def _replace(self, name: str, text: str) -> None:
+        """Writes the file whole or, where the process dies, leaves it as it was."""
+        scratch = self.path / f"{name}.new"
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(self.path / name)
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         if self._active:
@@ -100,6 +131,19 @@ class RunFolder:
             )
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
+
+
+def _locked(folder: Path) -> TextIO:
+    """A file that holds the folder until it is closed."""
+    lock = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise ValueError(
+            f"another run is at work in {folder}: wait until it has ended, or give another --output"
+        ) from error
+    return lock
 
 
 def _stays(line: str, step: int) -> bool:

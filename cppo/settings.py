@@ -13,6 +13,19 @@ from typing import Any, get_type_hints
 from cppo.config import BUILTIN
 
 FREE = ("method_options", "base", "variants")  # mappings whose keys are no settings of their own
+# What others, or another command, call it.
+ELSEWHERE = {
+    "lr": "optimizer.learning_rate",
+    "max_steps": "steps",
+    "output_dir": "output",
+    "bf16": "precision",
+    "batch_size": "rollout.prompts",
+    "num_generations": "rollout.responses",
+    "max_completion_length": "rollout.max_new_tokens",
+    "beta": "method_options.reference_kl",
+    "epsilon": "method_options.clip_low",
+    "items": "count",
+}
 
 
 def parse(
@@ -49,7 +62,7 @@ def parse(
     given = list(arguments)
     resumed = _values_of(given, "--resume")
     if resumed:
-        given = ["--config", str(Path(resumed[-1]) / "config.yaml"), *given]
+        given = ["--config", _config_of(Path(resumed[-1])), *given]
     others = {"config", *extra}
     known = [name for name in _names(parser) if name not in others]
     for argument in given:
@@ -58,6 +71,7 @@ def parse(
     given, method_options = _split_off(given, "--method_options.")
     for path in _values_of(given, "--config"):
         _check_settings(_read_settings(path), known, path)
+    given = _files_first(given)
     values = _resolve(parser, known, lambda: parser.parse_args(given))
     options = {name: values.pop(name) for name in extra}
     values.pop("config", None)
@@ -107,10 +121,22 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 def nearest(given: str, known: Sequence[str]) -> str:
     """The end of a sentence about a name that is not known."""
-    close = difflib.get_close_matches(given, known, n=1, cutoff=0.4)
-    same_end = [name for name in known if name.split(".")[-1] == given.split(".")[-1]]
-    best = (same_end or close)[:1]
-    return f"; did you mean {best[0]!r}?" if best else f". Known: {', '.join(known)}"
+    section, _, leaf = given.rpartition(".")
+    beside = [name for name in known if section and name.startswith(f"{section}.")]
+    leaves = {name.rpartition(".")[2]: name for name in reversed(beside or known)}
+    close = difflib.get_close_matches(given, [] if beside else known, n=1, cutoff=0.6)
+    close_leaf = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)
+    foreign = ELSEWHERE.get(leaf, "")
+    if leaf in leaves:
+        best = leaves[leaf]
+    elif foreign in known or foreign.split(".")[0] in known:
+        best = foreign
+    elif close or close_leaf:
+        best = close[0] if close else leaves[close_leaf[0]]
+    else:
+        few = beside or (known if len(known) <= 20 else [])
+        return f". Known: {', '.join(few)}" if few else "; --help lists what there is"
+    return f"; did you mean {best!r}?"
 
 
 def _names(parser: Any) -> list[str]:
@@ -162,6 +188,29 @@ def _read_settings(path: str) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ValueError(f"settings {path!r} must be a YAML mapping of settings to values")
     return loaded
+
+
+def _config_of(run: Path) -> str:
+    config = run / "config.yaml"
+    if not config.exists():
+        raise ValueError(
+            f"{run} is no run folder, it holds no config.yaml: give --resume the folder that a run "
+            "said it writes to, such as runs/20260101-120000-cppo-builtin"
+        )
+    return str(config)
+
+
+def _files_first(arguments: Sequence[str]) -> list[str]:
+    """What is given by itself goes before what files hold, wherever it stands."""
+    files: list[str] = []
+    rest: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == "--config":
+            files += [argument, *itertools.islice(remaining, 1)]
+        else:
+            (files if argument.startswith("--config=") else rest).append(argument)
+    return [*files, *rest]
 
 
 def _values_of(arguments: Sequence[str], flag: str) -> list[str]:

@@ -6,6 +6,7 @@ the seed, the step and the process alone, so that a resumed run goes on exactly 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -33,7 +34,7 @@ from cppo.processes import Processes
 from cppo.report.samples import describe
 from cppo.reward import SECOND_LOOKS, Grader, SecondLook, final_answer
 from cppo.rollout import Sampling
-from cppo.run_folder import RunFolder
+from cppo.run_folder import RunFolder, claim
 from cppo.samples import Sample
 from cppo.sources import open_data, open_policy
 from cppo.update import Updater
@@ -51,14 +52,25 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        folder: Path,
+        folder: Path | None = None,
         *,
         resume: bool = False,
         after_step: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None,
     ) -> None:
+        """`folder` None makes a new one under runs/, named after the time, method and model."""
         check(config)
         self.config = config
         self._tell = after_step
+        self._open = contextlib.ExitStack()
+        try:
+            self._set_up(folder, resume)
+        except BaseException:  # no process, and no lock on the folder, is left behind
+            self.close()
+            raise
+
+    def _set_up(self, folder: Path | None, resume: bool) -> None:
+        """What is cheap to refuse comes before the model is loaded."""
+        config = self.config
         self.method = build(config.method, config.method_options)
         self.look = _second_look(config, self.method)
         if config.deterministic:
@@ -69,14 +81,26 @@ class Trainer:
         self.processes = Processes(
             self.backend, precision, timeout_seconds=60 * config.timeout_minutes
         )
-        world, main = self.processes.world, self.processes.main
+        self._open.callback(self.processes.close)
+        rank, world, main = self.processes.rank, self.processes.world, self.processes.main
         if config.rollout.prompts % world:
             raise ValueError(
                 f"rollout.prompts is {config.rollout.prompts}; "
                 f"it must be a multiple of the {world} processes"
             )
         self.console = Console(active=main)
+        train, held_out = (open_data(config.data, config.dataset, s) for s in ("train", "eval"))
+        self.grader = Grader(
+            config.reward if self.look is None else self.look.spec,
+            timeout_seconds=config.rewards.timeout_seconds,
+            workers=config.rewards.workers,
+        )
+        self._open.callback(self.grader.close)
+        if folder is None:
+            made = [claim(config.method, config.model)] if main else []
+            (folder,) = self.processes.gather(made)
         self.folder = RunFolder(folder, active=main)
+        self._open.callback(self.folder.close)
         with self.processes.main_first():
             self.policy: Policy = open_policy(
                 config.model,
@@ -98,20 +122,15 @@ class Trainer:
             self.policy, instruction=instruction, max_tokens=config.policy.max_prompt_tokens
         )
         self.feed = Feed(
-            open_data(config.data, config.dataset, "train"),
+            train,
             self.ledger,
             seed=config.seed,
             check=self.encoder.check,
-            rank=self.processes.rank,
+            rank=rank,
             world=world,
             gather=self.processes.gather,
         )
         self._prepare()
-        self.grader = Grader(
-            config.reward if self.look is None else self.look.spec,
-            timeout_seconds=config.rewards.timeout_seconds,
-            workers=config.rewards.workers,
-        )
         self.collector = Collector(
             policy=self.policy,
             method=self.method,
@@ -121,15 +140,12 @@ class Trainer:
             settings=config.rollout,
             steps=config.steps,
             seed=config.seed,
-            rank=self.processes.rank,
+            rank=rank,
             world=world,
             gather=self.processes.gather,
         )
         self.questions = Questions(
-            open_data(config.data, config.dataset, "eval"),
-            self.encoder,
-            self.ledger,
-            count=config.evaluation.items,
+            held_out, self.encoder, self.ledger, count=config.evaluation.items
         )
         self.step, self.bad_steps = 0, 0
         self.before: list[list[float]] | None = None
@@ -210,9 +226,8 @@ class Trainer:
         return summary
 
     def close(self) -> None:
-        self.grader.close()
-        self.folder.close()
-        self.processes.close()
+        """Ends the reward's processes, leaves the others, and lets go of the run folder."""
+        self._open.close()
 
     def _train_step(self, step: int) -> dict[str, float]:
         seconds: dict[str, float] = {}
@@ -350,8 +365,13 @@ class Trainer:
         results = outcome.summary()
         note = "  ".join(f"{metric} {percent(value)}" for metric, value in results.items())
         self.console.say(f"{name}: {note}  ({count} held-out items)")
-        record = {n: dataclasses.asdict(e) for n, e in (results | outcome.kind_summary()).items()}
-        self.folder.log_evaluation(self.step, {"name": name, "items": count, **record})
+        record, kinds = (
+            {n: dataclasses.asdict(estimate) for n, estimate in estimates.items()}
+            for estimates in (results, outcome.kind_summary())
+        )
+        self.folder.log_evaluation(
+            self.step, {"name": name, "items": count, **record, "kinds": kinds}
+        )
         return outcome
 
     def _compare(self, after: Outcome) -> dict[str, Any]:

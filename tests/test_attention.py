@@ -101,8 +101,9 @@ def test_hardware_where_no_attention_works_is_not_usable(monkeypatch: pytest.Mon
         attention.usable(("sdpa", "eager"), "cpu", torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_partial_attention_is_offered_where_a_trial_agrees_with_attention_written_out(
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, dtype: torch.dtype
 ) -> None:
     part = cppo_cpu.PARTIAL_ATTENTION  # a failure here: what it stands on has changed in PyTorch
     assert partial_or_none(part, "cpu", (torch.float32, torch.bfloat16)) is part
@@ -128,9 +129,9 @@ def test_partial_attention_is_offered_where_a_trial_agrees_with_attention_writte
         (replace(part, forward=gone), "AttributeError: no such operator"),
     ):
         caplog.clear()
-        assert partial_or_none(broken, "cpu", (torch.float32,)) is None
+        assert partial_or_none(broken, "cpu", (dtype,)) is None
         [message] = caplog.messages
-        said = "attention in parts fails a trial on cpu in torch.float32, and is not used: "
+        said = f"attention in parts fails a trial on cpu in {dtype}, and is not used: "
         assert message.startswith(said + reason)
         assert "nobody reads" not in message
 

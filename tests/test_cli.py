@@ -1,13 +1,14 @@
 """Laws of the command line: what is given takes effect, what is wrong is named, exit status 2."""
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from datetime import datetime, tzinfo
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ from cppo.config import (
     StudyConfig,
     TrainConfig,
 )
-from cppo.methods import METHODS
+from cppo.methods import GRPO, METHODS, build
+from cppo.report.methods import option_meanings
+from cppo.settings import ELSEWHERE
 
 COMMAND_CONFIGS = {
     "train": TrainConfig,
@@ -202,6 +205,12 @@ def test_the_version_is_the_distributions() -> None:
         (["train", "--method", "cpo", "--print-config"], "cpo", "cppo"),
         (["train", "--method_options.wieght", "1", "--print-config"], "wieght", "weight"),
         (["train", "--print_config"], "print_config", "print-config"),
+        (["train", "--lr", "1e-4"], "lr", "optimizer.learning_rate"),
+        (["train", "--optimizer.lr", "1e-4"], "optimizer.lr", "optimizer.learning_rate"),
+        (["train", "--num_generations", "4"], "num_generations", "rollout.responses"),
+        (["train", "--beta", "0.1"], "beta", "method_options.reference_kl"),
+        (["eval", "--items", "12"], "items", "count"),
+        (["methods", "ccpo"], "ccpo", "cppo"),
     ],
 )
 def test_what_is_not_known_is_refused_with_the_nearest_that_is(
@@ -210,6 +219,24 @@ def test_what_is_not_known_is_refused_with_the_nearest_that_is(
     message = refusal(capsys, *arguments)
     assert repr(given) in message
     assert f"did you mean {nearest!r}?" in message
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [("optimizer.zzz", "Known: optimizer.learning_rate, "), ("zzz", "--help lists what there is")],
+)
+def test_where_nothing_is_near_what_there_is_is_told(
+    capsys: pytest.CaptureFixture[str], option: str, told: str
+) -> None:
+    message = refusal(capsys, "train", f"--{option}", "1")
+    assert told in message
+    assert "did you mean" not in message
+
+
+def test_every_name_from_elsewhere_stands_for_a_setting() -> None:
+    known = {name for kind in (TrainConfig, EvalConfig) for name, _ in config._flat(kind())}
+    own = {f"method_options.{field.name}" for field in dataclasses.fields(GRPO)}
+    assert set(ELSEWHERE.values()) <= known | own
 
 
 @pytest.mark.parametrize(
@@ -249,7 +276,7 @@ def test_an_unknown_setting_in_a_file_is_refused_with_the_file_and_the_nearest(
         (["--rollout.prompts", "4", "--optimizer.mini_batch_prompts", "5"], "rollout.prompts (4)"),
         (["--method_options.fraction", "1.5"], "fraction is 1.5"),
         (["--method_options.a.b", "1", "--method_options.a.b.c", "1"], "b is 1"),
-        (["--resume", "/no/such/run"], "/no/such/run/config.yaml"),
+        (["--resume", "/no/such/run"], "/no/such/run is no run folder"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_refused_by_name(
@@ -305,6 +332,92 @@ def test_an_option_overrides_the_file_and_the_file_overrides_the_default(
     found = settings(capsys, "--config", path, "--rollout.prompts", "9")
     assert (found["steps"], found["rollout"]["prompts"], found["rollout"]["responses"]) == (7, 9, 5)
     assert found["rollout"]["temperature"] == TrainConfig().rollout.temperature
+
+
+def test_an_option_goes_before_a_file_that_is_named_after_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = written(tmp_path / "a.yaml", "steps: 7\nseed: 8\n")
+    for file in (["--config", path], [f"--config={path}"]):
+        loaded = settings(capsys, "--steps", "5", *file)
+        assert (loaded["steps"], loaded["seed"]) == (5, 8)
+
+
+def test_a_folder_that_is_no_run_is_not_resumed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    message = refusal(capsys, "train", "--resume", str(tmp_path))
+    assert f"{tmp_path} is no run folder" in message
+
+
+def test_methods_are_listed_and_each_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["methods"]) == 0
+    listed = capsys.readouterr().out
+    for name in METHODS:
+        assert f" {name} " in listed
+        assert cli.main(["methods", name]) == 0
+        told = "".join(capsys.readouterr().out.split())
+        method = build(name)
+        meanings = option_meanings(type(method))
+        for option, value in dataclasses.asdict(method).items():
+            assert option in told
+            assert meanings[option]
+            assert isinstance(value, Mapping) or json.dumps(value).replace(" ", "") in told
+
+
+@pytest.mark.parametrize("arguments", [["help", "backends"], ["backends", "-h"], ["methods", "-h"]])
+def test_commands_without_settings_have_help_too(
+    capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out.startswith("usage: cppo ")
+
+
+def test_help_alone_is_the_overview(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["help"]) == 0
+    assert capsys.readouterr().out == cli._overview() + "\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "extra"),
+    [
+        ("train", "jsonargparse", "train"),
+        ("backends", "rich", "train"),
+        ("methods", "docstring_parser", "train"),
+    ],
+)
+def test_what_an_extra_brings_is_named_where_it_is_missing(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    module: str,
+    extra: str,
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("cppo.console", "cppo.report.methods"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, module, None)  # type: ignore[arg-type]
+    message = refusal(capsys, command)
+    assert f"cppo {command} needs {module}" in message
+    assert f"pip install 'cppo[{extra}]'" in message
+
+
+def test_the_extras_are_those_of_the_distribution() -> None:
+    table = tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
+    imported = {"pyyaml": "yaml"}
+    named = {
+        imported.get(name, name.replace("-", "_"))
+        for extra in ("train", "study")
+        for name in (re.split(r"[\[<>=]", wanted)[0] for wanted in table[extra])
+    }
+    assert named - set(cli.EXTRAS) == {"tensorboard"}  # torch imports it, and says what to do
+    assert set(cli.EXTRAS) <= named
+
+
+def test_the_module_is_the_command() -> None:
+    ran = [sys.executable, "-m", "cppo", "--version"]
+    assert subprocess.run(ran, capture_output=True, text=True).stdout.startswith("cppo ")
 
 
 @pytest.mark.parametrize("form", [["--optimizer.learning_rate", "{}"], ["file"]])
@@ -480,24 +593,6 @@ def test_a_value_out_of_range_is_refused_with_what_is_allowed(
 # Run folders.
 
 
-def test_runs_of_the_same_second_have_folders_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Noon(datetime):
-        @classmethod
-        def now(cls, tz: tzinfo | None = None) -> "Noon":
-            return cls(2026, 1, 2, 12)
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "datetime", Noon)
-    made = []
-    for _ in range(3):
-        made.append(cli._run_folder(TrainConfig(), None))
-        made[-1].mkdir(parents=True)
-    name = "20260102-120000-cppo-builtin"
-    assert [str(folder) for folder in made] == [f"runs/{name}{end}" for end in ("", "-2", "-3")]
-
-
 def test_an_output_that_holds_a_run_is_refused_with_the_way_to_go_on(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -608,7 +703,7 @@ def test_backends_lists_every_backend_that_comes_with_it(
     for name in ("cpu", "cuda", "npu", "rocm", "xpu"):
         assert re.search(rf"^│ {name} ", printed, re.MULTILINE), name
     assert re.search(r"^│ cpu +│ usable ", printed, re.MULTILINE)
-    assert "takes no arguments" in refusal(capsys, "backends", "cpu")
+    assert "usage: cppo backends; what was given is 'cpu'" in refusal(capsys, "backends", "cpu")
 
 
 def test_an_unknown_backend_is_refused_before_anything_is_loaded_or_written(

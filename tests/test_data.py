@@ -174,7 +174,7 @@ def test_a_bomb_is_refused_by_its_header_alone(side: int, strict: bool) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with warnings.catch_warnings():
         warnings.simplefilter("error" if strict else "ignore")
-        with pytest.raises(BadRow, match="at most 50000000 pixels") as caught:
+        with pytest.raises(BadRow, match=r"dataset\.max_image_pixels is 50000000") as caught:
             decode(png_header(side, side))
     assert caught.value.reason == "image too large"
     grown_kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
@@ -185,7 +185,7 @@ def test_a_bomb_is_refused_by_its_header_alone(side: int, strict: bool) -> None:
 def test_the_pixel_limit_is_exact() -> None:
     data = plain(size=(6, 5))
     assert decode(data, max_pixels=30).size == (6, 5)
-    with pytest.raises(BadRow, match="6x5 pixels; at most 29"):
+    with pytest.raises(BadRow, match=r"6x5 pixels; dataset\.max_image_pixels is 29"):
         decode(data, max_pixels=29)
 
 
@@ -659,7 +659,7 @@ def test_the_share_may_be_none_or_all(tmp_path: Path) -> None:
     assert len(load(path, split="eval", eval_items=2)) == 2
     for split, share in (("eval", 0), ("train", 1)):
         with pytest.raises(
-            ValueError, match=f"has 3 rows in all, and eval_share={share} leaves none"
+            ValueError, match=f"has 3 rows in all, and dataset.eval_share={share} leaves none"
         ):
             load(path, split=split, eval_share=share)  # type: ignore[arg-type]
     for items in (-1, 3, 4):
@@ -701,15 +701,15 @@ def test_a_folder_of_bare_pictures_is_told_what_it_lacks(tmp_path: Path) -> None
 def test_a_missing_column_is_told_with_those_there_and_the_likely_one(tmp_path: Path) -> None:
     line: Row = {"image": "good.png", "question": "<image>?", "answer": "1"}
     path = write_lines(tmp_path / "rows.jsonl", [line])
-    with pytest.raises(ValueError, match=r"no column 'images' for columns.images") as caught:
+    with pytest.raises(ValueError, match=r"no column 'images' for dataset.images") as caught:
         all_of(path)
     assert "Its columns are image, question, answer" in str(caught.value)
-    assert "set columns.images, perhaps to 'image'" in str(caught.value)
-    with pytest.raises(ValueError, match=r"set columns.question, perhaps to 'question'"):
+    assert "set dataset.images, perhaps to 'image'" in str(caught.value)
+    with pytest.raises(ValueError, match=r"set dataset.question, perhaps to 'question'"):
         all_of(path, columns=Columns(images="image"))
-    with pytest.raises(ValueError, match=r"set columns.answer, perhaps to 'answer'"):
+    with pytest.raises(ValueError, match=r"set dataset.answer, perhaps to 'answer'"):
         all_of(path, columns=Columns(images="image", question="question", answer="answers"))
-    with pytest.raises(ValueError, match=r"no column 'topic' for columns.kind"):
+    with pytest.raises(ValueError, match=r"no column 'topic' for dataset.kind"):
         all_of(path, columns=Columns(images="image", question="question", kind="topic"))
 
 

@@ -32,6 +32,7 @@ from cppo.data import load as load_data
 from cppo.device import choose
 from cppo.policy import Policy, Prompt, Row, Scorer, encode_item, load
 from cppo.rollout import Response, Sampling, generate
+from cppo.rollout import transformers as in_process
 from cppo.rollout.cache import ROOM, GroupCache
 from cppo.rollout.decoding import InGroups
 from cppo.rollout.transformers import _draw, _nucleus
@@ -254,6 +255,24 @@ def test_sampled_logprobs_are_those_the_scorer_gives(policy: Policy, heat: float
     assert len({len(response.ids) for response in responses}) > 3
     for response, logprobs in zip(responses, rescored(policy, prompts, groups, heat), strict=True):
         torch.testing.assert_close(response.logprobs, logprobs, atol=1e-4, rtol=0)
+
+
+def test_in_half_precision_logits_are_added_up_in_float32_as_scores_are(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Tensor] = []
+    draw = in_process._draw
+
+    def watch(logits: Tensor, *given: Any) -> Any:
+        drawn.append(logits)
+        return draw(logits, *given)
+
+    monkeypatch.setattr(in_process, "_draw", watch)
+    monkeypatch.setattr(policy, "precision", torch.bfloat16)
+    sample(policy, make_prompts(policy), responses=2)
+    for logits in drawn:
+        assert logits.dtype == torch.float32
+        assert (logits != logits.bfloat16()).float().mean() > 0.9
 
 
 def test_temperature_zero_takes_the_likeliest_token(policy: Policy) -> None:

@@ -3,13 +3,16 @@
 import json
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from cppo.run_folder import RunFolder
+from cppo import run_folder
+from cppo.run_folder import RunFolder, claim
 
 
 def lines(path: Path) -> list[Any]:
@@ -138,7 +141,45 @@ def test_a_resumed_run_replaces_in_tensorboard_what_it_rewound(tmp_path: Path) -
 
 def test_rewinding_a_folder_without_logs_is_no_error(tmp_path: Path) -> None:
     RunFolder(tmp_path).rewind(3)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_kind_of_questions_may_have_any_name(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    estimate = {"value": 0.75, "low": 0.5, "high": 1.0}
+    kinds = {"step": estimate, "name": estimate}
+    folder.log_evaluation(2, {"name": "step 2", "kinds": kinds})
+    folder.rewind(2)
+    folder.close()
+    [record] = lines(tmp_path / "evaluation.jsonl")
+    assert (record["step"], record["name"], record["kinds"]) == (2, "step 2", kinds)
+    assert scalars(tmp_path) == {"eval/step": [(2, 0.75)], "eval/name": [(2, 0.75)]}
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    first = RunFolder(tmp_path)
+    with pytest.raises(ValueError, match=f"another run is at work in {tmp_path}"):
+        RunFolder(tmp_path)
+    RunFolder(tmp_path, active=False)  # another process of the same run
+    first.close()
+    RunFolder(tmp_path).close()
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Noon(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> "Noon":
+            return cls(2026, 1, 2, 12)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_folder, "datetime", Noon)
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: claim("cppo", "models/small"), range(8)))
+    name = "runs/20260102-120000-cppo-small"
+    ends = ("", *(f"-{number}" for number in range(2, 9)))
+    assert sorted(map(str, made)) == sorted(f"{name}{end}" for end in ends)
 
 
 def test_other_processes_write_nothing(tmp_path: Path) -> None:

@@ -141,9 +141,9 @@ def _share_out(
     if eval_items is not None:
         setting, held_out = f"eval_items={eval_items}", eval_items
     elif eval_share in (0, 1):
-        setting, held_out = f"eval_share={eval_share}", total * int(eval_share)
+        setting, held_out = f"dataset.eval_share={eval_share}", total * int(eval_share)
     else:
-        setting = f"eval_share={eval_share}"
+        setting = f"dataset.eval_share={eval_share}"
         held_out = min(max(1, round(eval_share * total)), total - 1)
     if total and (not 0 <= held_out <= total or held_out == (total if split == "train" else 0)):
         raise ValueError(

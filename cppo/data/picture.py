@@ -56,7 +56,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         image.load()
         upright = ImageOps.exif_transpose(image)
     except _BOMBS as error:
-        limit = f"at most {max_pixels} pixels are decoded"
+        limit = f"dataset.max_image_pixels is {max_pixels}"
         raise BadRow("image too large", f"{error}; {limit}") from error
     except UnidentifiedImageError as error:
         found = f"{len(data)} bytes from {data[:8]!r} on"

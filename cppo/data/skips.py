@@ -59,8 +59,9 @@ class SkipLedger:
         if len(self._good) + len(self._bad) >= minimum_rows and self.share > self._max_share:
             where = f" Each is named in {self.path}." if self.path else ""
             raise TooManySkipped(
-                f"{self.summary()}\nThe run allows max_share={self._max_share:.1%}.{where} Repair "
-                "the rows, or set the columns and limits that fit them, or allow a larger share."
+                f"{self.summary()}\nA share of {self._max_share:.1%} is allowed.{where} Repair the "
+                "rows, or set the columns and limits that fit them, or raise "
+                "dataset.max_skipped_share."
             )
 
     def summary(self) -> str:

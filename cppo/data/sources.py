@@ -129,9 +129,9 @@ def columns_in(table: Table, columns: Columns) -> Columns:
         close = others or difflib.get_close_matches(name, table.columns, n=1)
         advice = f"perhaps to {close[0]!r}" if close else "to one of these"
         raise ValueError(
-            f"{table.path} has no column {name!r} for columns.{field.name}. Its columns are "
+            f"{table.path} has no column {name!r} for dataset.{field.name}. Its columns are "
             f"{', '.join(table.columns) or 'none that can be read'}: "
-            f"set columns.{field.name}, {advice}."
+            f"set dataset.{field.name}, {advice}."
         )
     return columns
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
@@ -257,9 +258,16 @@ def _adapt(model: Any, lora: Mapping[str, Any], frozen: Sequence[str]) -> Any:
 
 
 def _merged(policy: Policy) -> Any:
+    """A copy in the CPU's memory: the device's may be full with what training needs."""
     import copy
 
-    return copy.deepcopy(policy.model).merge_and_unload()
+    tensors = itertools.chain(policy.model.parameters(), policy.model.buffers())
+    copies: dict[int, Any] = {}
+    for tensor in tensors:
+        on_cpu = tensor.detach().to("cpu", copy=True)
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        copies[id(tensor)] = torch.nn.Parameter(on_cpu, False) if is_parameter else on_cpu
+    return copy.deepcopy(policy.model, copies).merge_and_unload()
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:

@@ -60,6 +60,8 @@ def _sample(
     device, repeats = policy.device, sampling.responses
     decoding = decoder(policy, prompts, repeats)
     hidden = decoding.begin()
+    # As scores are made: of states and weights in the policy's precision, added up in float32.
+    head = policy.head.to(policy.precision).float()
     ends = torch.tensor(policy.eos, device=device)
     forbidden = torch.tensor(policy.family.forbidden, device=device)
 
@@ -74,7 +76,8 @@ def _sample(
     cast = torch.is_autocast_enabled(device.type)
     faster = contextlib.nullcontext if cast else torch.inference_mode
     for step in range(sampling.max_new_tokens):
-        logits = linear(hidden, policy.head).float()
+        with torch.autocast(device.type, enabled=False):
+            logits = linear(hidden.to(policy.precision).float(), head)
         token, logprob = _draw(logits, forbidden, sampling, generator)
         ids[alive, step], logprobs[alive, step] = token, logprob
         going = ~torch.isin(token, ends)
