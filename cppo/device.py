@@ -255,6 +255,8 @@ def _why_not(backend: Backend, name: str, precision: torch.dtype | None) -> str:
 
     if name not in KNOWN:
         return ""
+    if "flash" in name and backend.device == "cpu":
+        return f" ({name} needs an accelerator)"
     reason = trial(name, backend.device, precision or backend.precision[0])
     return f" ({name}: {reason})" if reason else ""
 

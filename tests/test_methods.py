@@ -135,6 +135,7 @@ def test_an_option_out_of_range_is_refused_by_name(option: str, value: Any) -> N
         ({"preserving": 5}, r"'cppo'.* wrong type"),
         ({"preserving": ["rotation"]}, r"'cppo'.* wrong type"),
         ({"preserving": {"rotation": 5}}, r"'cppo'.* wrong type"),
+        ({"removing": {"blakout": {}}}, r"it must be some of .* \(did you mean 'blackout'\?\)$"),
         ({"preserving": {"rotation": {"degree": 5}}}, r"'degree' \(did you mean 'degrees'\?\)"),
         ({"removing": {"rotation": {"degrees": "a"}}}, r"degrees must be .*not 'a'"),
     ],

@@ -621,9 +621,12 @@ def test_responses_end_where_the_model_or_its_tokenizer_says(
 
 
 def test_a_missing_folder_is_refused_with_what_to_give(tmp_path: Path) -> None:
-    missing = str(tmp_path / "absent")
-    with pytest.raises(ValueError, match=r"absent.*cannot be loaded.*save_pretrained"):
-        load_float32(Path(missing))
+    with pytest.raises(ValueError, match=r"absent' is no folder: give one .*save_pretrained"):
+        load_float32(tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"holds no config.json: give a folder .*save_pretrained"):
+        load_float32(tmp_path)
+    with pytest.raises(ValueError, match=r"'absent/model' cannot be loaded: "):  # on the Hub
+        load_float32(Path("absent/model"))
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "clip"])
@@ -667,6 +670,11 @@ def test_a_folder_with_a_weight_missing_or_cut_short_is_refused(
 def test_adapters_that_nothing_would_read_are_refused(folder: Path, target: str) -> None:
     with pytest.raises(ValueError, match=rf"LoRA cannot adapt .*{target}, whose weight"):
         load_float32(folder, lora={"r": 2, "target_modules": [target, "q_proj"]})
+
+
+def test_adapters_of_modules_that_are_not_there_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"policy.lora_targets is 'nosuch': "):
+        load_float32(folder, lora={"r": 2, "target_modules": "nosuch"})
 
 
 # --- prompts and views -------------------------------------------------------------------------

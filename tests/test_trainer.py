@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from cppo.methods import METHODS
 from cppo.policy import encode_item
 from cppo.processes import Processes
 from cppo.reward import SECOND_LOOKS, Reward, SecondLook, final_answer
+from cppo.run_folder import RunFolder
 from cppo.trainer import Diverged, Trainer, learning_rate
 
 pytestmark = pytest.mark.device
@@ -372,6 +374,38 @@ def test_a_run_that_ended_before_its_first_checkpoint_cannot_be_resumed(
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ValueError, match="no whole checkpoint to resume from: start anew, with"):
         Trainer(config(tiny_folder), tmp_path, resume=True)
+    RunFolder(tmp_path).close()  # what could not begin holds nothing
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reward": "test_trainer:reward_absent"}, "has no 'reward_absent'"),
+        ({"data": "rows.jsonl"}, "rows.jsonl"),
+        ({"dataset": DataConfig(difficulty=4)}, "difficulty is 4"),
+    ],
+)
+def test_what_is_cheap_to_refuse_is_refused_before_the_model_is_loaded(
+    changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cppo.trainer.open_policy", lambda *given, **named: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=message):
+        Trainer(config(Path("a/model"), **changes), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_a_folder_makes_its_own(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, second = (
+        Trainer(config(tiny_folder, reward="default", method="grpo")) for _ in range(2)
+    )
+    first.close()
+    second.close()
+    made = sorted((tmp_path / "runs").iterdir())
+    assert made == sorted(tmp_path / trainer.folder.path for trainer in (first, second))
+    assert all(re.fullmatch(rf"\d+-\d+-grpo-{tiny_folder.name}(-2)?", path.name) for path in made)
 
 
 @pytest.mark.usefixtures("two_devices")

@@ -31,6 +31,7 @@ def run(config: EvalConfig) -> Outcome:
         Path(config.json).parent.mkdir(parents=True, exist_ok=True)
     backend = choose(config.backend)
     precision = resolve_precision(backend, config.precision)
+    source = open_data(config.data, config.dataset, cast(Literal["train", "eval"], config.split))
     policy = open_policy(
         config.model,
         config.policy,
@@ -46,7 +47,7 @@ def run(config: EvalConfig) -> Outcome:
     if instruction is None and look is not None:
         instruction = look.instruction
     questions = Questions(
-        open_data(config.data, config.dataset, cast(Literal["train", "eval"], config.split)),
+        source,
         Encoder(policy, instruction=instruction, max_tokens=config.policy.max_prompt_tokens),
         ledger,
         count=config.count,

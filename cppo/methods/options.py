@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any, get_args, get_type_hints
 
@@ -46,6 +47,8 @@ def require_perturbations(name: str, given: object) -> None:
     if not isinstance(given, Mapping):
         raise TypeError(f"{name} must map perturbations to their parameters")
     known = {*PRESERVING, *REMOVING}
-    require(name, set(given), given and set(given) <= known, f"some of {sorted(known)}")
+    close = [difflib.get_close_matches(each, known, n=1) for each in {*given} - known]
+    hint = ", ".join(f" (did you mean {match[0]!r}?)" for match in close if match)
+    require(name, set(given), given and set(given) <= known, f"some of {sorted(known)}{hint}")
     for perturbation, parameters in given.items():  # bad ones show now, not at the first step
         perturb(Image.new("RGB", (8, 8)), perturbation, seed=0, **parameters)

@@ -154,6 +154,15 @@ def load(
         ProcessorMixin,
     )
 
+    folder = Path(source)
+    is_path = folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
+    if is_path and not folder.is_dir():
+        raise ValueError(f"model {source!r} is no folder: give one that `save_pretrained` wrote")
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise ValueError(
+            f"model {source!r} holds no config.json: give a folder that `save_pretrained` wrote, "
+            "such as a run's model/"
+        )
     try:
         config = AutoConfig.from_pretrained(source)
         family = family_of(config.model_type)
@@ -245,7 +254,10 @@ def _adapt(model: Any, lora: Mapping[str, Any], frozen: Sequence[str]) -> Any:
 
     if frozen:
         lora = {**lora, "exclude_modules": rf".*\b({'|'.join(frozen)})\b.*"}
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+    try:
+        adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+    except ValueError as error:
+        raise ValueError(f"policy.lora_targets is {lora['target_modules']!r}: {error}") from error
     for name, _ in adapted.named_modules():
         if name.endswith(UNADAPTABLE):
             raise ValueError(
