@@ -35,6 +35,7 @@ class Ours:
         tokens_per_micro_batch: int = 1_000_000,
     ) -> None:
         scorer = Scorer(work.policy, backend, temperature=1.0)
+        self.model = work.policy.model
         self._updater = Updater(
             scorer=scorer,
             optimizer=torch.optim.SGD(scorer.parameters(), lr=0.0),
