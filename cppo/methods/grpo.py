@@ -11,7 +11,13 @@ from torch import Tensor
 from cppo.methods.method import Average, Plan, Term, Tokens, View
 from cppo.methods.options import require, require_choice, require_types
 from cppo.methods.schedule import Schedule, anneal
-from cppo.objective import Aggregation, clipped_surrogate, divergence, group_advantages
+from cppo.objective import (
+    Aggregation,
+    aggregate,
+    clipped_surrogate,
+    divergence,
+    group_advantages,
+)
 
 Scope = Literal["global", "micro-batch"]
 
@@ -105,6 +111,27 @@ class GRPO:
         if self.batch_normalize and len(advantages) > 1:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-6)
         return advantages
+
+    def loss(self, tokens: Tokens) -> Tensor:
+        """The loss of a batch that is not cut, to be differentiated: for other trainers.
+
+        `tokens` holds scores with their gradients, on the image and on each of `views`; of
+        responses that a view is not `needed` for, its scores may be zero. ValueError where a view
+        is missing.
+        """
+        missing = [view.name for view in self.views if view.name not in tokens.views]
+        if missing:
+            raise ValueError(
+                f"{type(self).__name__} needs scores on the views {', '.join(missing)} too: "
+                f"tokens.views has {', '.join(tokens.views) or 'none'}"
+            )
+        with torch.no_grad():
+            plan = self.plan(tokens)
+        total = torch.zeros((), device=tokens.mask.device)
+        for name, term in self.terms(tokens, plan).items():
+            average = plan.averages[name]
+            total = total + term.weight * aggregate(term.per_token, average.mask, average.mode)
+        return total
 
     def plan(self, tokens: Tokens) -> Plan:
         """What is decided before any gradient: of scores that are detached, for a whole mini-batch

@@ -1,0 +1,106 @@
+"""What the pages show for other trainers works as it stands there."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cppo.methods import METHODS, Scores, Tokens, build
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE
+    )
+
+
+def run(*texts: str) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    for text in texts:
+        exec(compile(text, "<page>", "exec"), names)
+    return names
+
+
+def test_the_readmes_snippet_runs() -> None:
+    for block in blocks("README.md"):
+        assert run(block)["loss"].isfinite().all()
+
+
+def test_the_blocks_of_the_page_run_one_after_the_other() -> None:
+    shown = run(*(block for block in blocks("docs/embedding.md") if "trl" not in block))
+    views = shown["tokens"].views
+    for scores in (shown["seen"], views["preserved"], views["removed"]):
+        gradient = scores.logprobs.grad
+        assert gradient.isfinite().all()
+        assert gradient.any()
+    assert shown["loss"].item() > 0
+    torch.testing.assert_close(
+        shown["logprobs"],
+        -torch.nn.functional.cross_entropy(
+            shown["hidden"] @ shown["weight"].T, shown["targets"], reduction="none"
+        ),
+    )
+
+
+def test_a_recipe_for_trl_goes_where_our_update_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trl", reason="the peer comes with the extra 'bench'")
+    from test_bench import direction, work
+
+    sys.modules.pop("subjects", None)
+    import subjects
+    import trl
+
+    from cppo.device import choose
+
+    (block,) = (block for block in blocks("docs/embedding.md") if "trl" in block)
+    backend = choose("cpu")
+    given = work(backend, (4, 16))
+    ours = direction(subjects.Ours(given, backend))
+    trainer = run(block)["PerceptionTrainer"]
+    trainer.method = given.method
+    monkeypatch.setattr(trl, "GRPOTrainer", trainer)
+    peer = subjects.Trl(given)
+    peer._inputs["views"] = {
+        name: torch.cat([prompt.pixels for prompt in prompts])
+        for name, prompts in given.views.items()
+    }
+    torch.testing.assert_close(direction(peer), ours, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_gives_its_loss_and_says_which_view_is_missing(name: str) -> None:
+    method = build(name, {"reference_kl": 0.1})
+
+    def scores(*, requires_grad: bool = True) -> Scores:
+        return Scores(
+            logprobs=(-torch.rand(4, 6)).requires_grad_(requires_grad),
+            entropy=torch.rand(4, 6),
+        )
+
+    views = {view.name: scores(requires_grad=view.gradient) for view in method.views}
+    seen = scores()
+    tokens = Tokens(
+        mask=torch.ones(4, 6, dtype=torch.bool),
+        advantages=method.score_groups(torch.tensor([0.0, 1.0, 1.0, 0.0]), 4),
+        old_logprobs=seen.logprobs.detach() - 0.01,
+        reference_logprobs=seen.logprobs.detach() - 0.1,
+        seen=seen,
+        views=views,
+    )
+    loss = method.loss(tokens)
+    loss.backward()
+    assert math.isfinite(loss.item())
+    assert seen.logprobs.grad is not None
+    assert seen.logprobs.grad.any()
+    for missing in views:
+        rest = {view: views[view] for view in views if view != missing}
+        with pytest.raises(ValueError, match=rf"needs scores on the views {missing} too"):
+            method.loss(Tokens(**{**vars(tokens), "views": rest}))
