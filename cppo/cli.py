@@ -231,8 +231,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         extra = EXTRAS.get(str(error.name).split(".")[0])
         if extra is None:
             raise
-        install = f"pip install 'cppo[{extra}]'"
-        return _complain(f"cppo {given[0]} needs {error.name}, which is not installed: {install}")
+        return _complain(
+            f"cppo {given[0]} needs {error.name}, which is not installed: install cppo with its "
+            f"extras, as in pip install -e '.[{extra}]'"
+        )
 
 
 def _parse(

@@ -164,8 +164,9 @@ class TrainConfig:
         model: "builtin", a folder, or a Hub id of a supported family.
         data: "builtin", a file or folder (parquet, JSON lines, images), or a Hub id.
         method: The algorithm (grpo, dapo, dr_grpo, gspo, cppo, cppo_areal, papo, papo_dapo, vppo,
-            pgpo, dvrp, noisy_rollout, vision_sr1, visionary_r1).
-        method_options: Options of the method, in place of its defaults.
+            pgpo, dvrp, noisy_rollout, vision_sr1, visionary_r1); `cppo methods` tells more.
+        method_options: Options of the method, in place of its defaults; `cppo methods NAME` lists
+            them.
         reward: "default", or "package.module:function". Of vision_sr1 and visionary_r1 "default",
             which is then their own.
         steps: Rollout-and-update steps.

@@ -400,7 +400,7 @@ def test_what_an_extra_brings_is_named_where_it_is_missing(
     monkeypatch.setitem(sys.modules, module, None)  # type: ignore[arg-type]
     message = refusal(capsys, command)
     assert f"cppo {command} needs {module}" in message
-    assert f"pip install 'cppo[{extra}]'" in message
+    assert f"pip install -e '.[{extra}]'" in message
 
 
 def test_the_extras_are_those_of_the_distribution() -> None:

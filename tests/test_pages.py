@@ -1,4 +1,4 @@
-"""What the pages show for other trainers works as it stands there."""
+"""What the pages show works as it stands there."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+from cppo.data import load
 from cppo.methods import METHODS, Scores, Tokens, build
+from cppo.reward import Grader
+from cppo.reward.functions import default_reward
 
 ROOT = Path(__file__).parents[1]
 
 
-def blocks(page: str) -> list[str]:
-    return re.findall(
-        r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE
-    )
+def blocks(page: str, language: str = "python") -> list[str]:
+    pattern = rf"^```{language}\n(.*?)^```$"
+    return re.findall(pattern, (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
 
 
 def run(*texts: str) -> dict[str, Any]:
@@ -73,6 +76,26 @@ def test_a_recipe_for_trl_goes_where_our_update_goes(monkeypatch: pytest.MonkeyP
         for name, prompts in given.views.items()
     }
     torch.testing.assert_close(direction(peer), ours, atol=1e-5, rtol=0)
+
+
+def test_the_row_the_response_and_the_reward_of_the_page_are_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (row,), (response,), (module,) = (
+        blocks("docs/data.md", language) for language in ("json", "text", "python")
+    )
+    (tmp_path / "rows.jsonl").write_text(row)
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "17.png")
+    item = load(str(tmp_path / "rows.jsonl"), split="eval", eval_share=1).read(0)
+    assert default_reward(response.strip(), item.answer, item.question).total == 1.0
+    bare = response.replace("\\boxed{3}", "<answer>3</answer>")
+    assert default_reward(bare.strip(), item.answer, item.question).total == 0.0
+    (tmp_path / "my_rewards.py").write_text(module)
+    monkeypatch.chdir(tmp_path)
+    with Grader("my_rewards:brief", workers=1) as grader:
+        (reward,) = grader.grade([(response, item.answer, item.question)])
+    assert 0.9 < reward.total < 1.0
 
 
 @pytest.mark.parametrize("name", METHODS)
