@@ -25,7 +25,7 @@ from cppo.config import OptimizerConfig, TrainConfig, check
 from cppo.console import Console, StopRequest, percent, points
 from cppo.data import Feed, SkipLedger
 from cppo.device import choose, resolve_attention, resolve_precision
-from cppo.evaluation.metrics import Estimate, paired_difference
+from cppo.evaluation.metrics import Estimate, avg_at_k, paired_difference
 from cppo.evaluation.run import Outcome, Questions, evaluate
 from cppo.methods import GRPO, build
 from cppo.policy import Policy, Scorer, save
@@ -378,7 +378,7 @@ class Trainer:
         assert self.before is not None
         k = self.config.evaluation.k
         difference = paired_difference(self.before, after.accuracies)
-        first = Outcome.mean(self.before)
+        first = avg_at_k(self.before)
         last = after.summary()[f"avg@{k}"]
         rows = [("before", percent(first)), ("after", percent(last))]
         rows.append(("difference", points(difference)))

@@ -635,7 +635,7 @@ def test_a_drawn_split_is_a_function_of_seed_and_row_ids() -> None:
     numbers = [
         [
             int(name.split(":")[1])
-            for name in rows_of(load(source, split="eval", eval_items=3, seed=s))
+            for name in rows_of(load(source, split="eval", eval_share=0.3, seed=s))
         ]
         for s in (0, 1)
     ]
@@ -656,15 +656,11 @@ def test_the_share_may_be_none_or_all(tmp_path: Path) -> None:
     path = str(write_lines(tmp_path / "rows.jsonl", [row()] * 3))
     assert len(load(path, split="train", eval_share=0)) == 3
     assert len(load(path, split="eval", eval_share=1)) == 3
-    assert len(load(path, split="eval", eval_items=2)) == 2
     for split, share in (("eval", 0), ("train", 1)):
         with pytest.raises(
             ValueError, match=f"has 3 rows in all, and dataset.eval_share={share} leaves none"
         ):
             load(path, split=split, eval_share=share)  # type: ignore[arg-type]
-    for items in (-1, 3, 4):
-        with pytest.raises(ValueError, match=f"eval_items={items} leaves none for train"):
-            load(path, split="train", eval_items=items)
     one = str(write_lines(tmp_path / "one.jsonl", [row()]))
     with pytest.raises(ValueError, match="has 1 rows in all"):
         load(one, split="eval")

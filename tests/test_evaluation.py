@@ -14,7 +14,6 @@ from cppo.config import DataConfig, EvalConfig
 from cppo.evaluation import (
     Estimate,
     avg_at_k,
-    by_kind,
     maj_at_k,
     paired_difference,
     pass_at_k,
@@ -192,15 +191,6 @@ def test_a_summary_names_each_metric_with_its_k() -> None:
     assert list(summarise(accuracies, answers)) == ["avg@4", "pass@4", "maj@4"]
 
 
-def test_each_kind_is_summarised_on_its_own_items() -> None:
-    accuracies = [[1, 0], [0, 0], [1, 1]]
-    answers = [["a", "b"], ["a", "b"], ["a", "a"]]
-    kinds = by_kind(["algebra", "geometry", "algebra"], accuracies, answers)
-    assert list(kinds) == ["algebra", "geometry"]
-    assert kinds["algebra"] == summarise([[1, 0], [1, 1]], [["a", "b"], ["a", "a"]])
-    assert kinds["geometry"]["pass@2"] == Estimate(value=0.0, low=0.0, high=0.0)
-
-
 def test_what_is_no_matrix_of_accuracies_is_refused() -> None:
     with pytest.raises(ValueError, match=r"shape \(3,\)"):
         avg_at_k([1, 0, 1])
@@ -231,8 +221,6 @@ def test_shapes_that_do_not_fit_each_other_are_refused() -> None:
         maj_at_k([[0], [1]], [["a"]])
     with pytest.raises(ValueError, match="before has 1 items and after 2"):
         paired_difference([[0]], [[0], [1]])
-    with pytest.raises(ValueError, match="1 kinds, 2 rows of answers and 2"):
-        by_kind(["a"], [[0], [1]], [["a"], ["b"]])
     with pytest.raises(ValueError, match="resamples is 0"):
         avg_at_k([[0], [1]], resamples=0)
 

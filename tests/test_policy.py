@@ -636,6 +636,17 @@ def test_other_architectures_are_refused_by_name(tmp_path: Path, model_type: str
         load_float32(tmp_path)
 
 
+@pytest.mark.parametrize("folder", ["gemma3"], indirect=True)
+def test_a_head_that_does_more_than_multiply_is_refused(folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["final_logit_softcapping"] = 30.0
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="caps its logits"):
+        load_float32(tmp_path)
+
+
 def test_a_folder_without_weights_is_refused(folder: Path, tmp_path: Path) -> None:
     for file in folder.iterdir():
         if file.suffix != ".safetensors":

@@ -394,6 +394,41 @@ def test_what_is_cheap_to_refuse_is_refused_before_the_model_is_loaded(
     assert not list(tmp_path.iterdir())
 
 
+def test_settings_of_the_optimizer_and_the_adapters_reach_them(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """After a resume too, whose checkpoint was written under others."""
+    first = config(tiny_folder, steps=1, method="grpo", policy=PolicyConfig(lora_rank=2))
+    run(first, tmp_path)
+    settings = dataclasses.replace(
+        first,
+        policy=PolicyConfig(lora_rank=2, lora_alpha=3.0),
+        optimizer=OptimizerConfig(weight_decay=0.25, beta1=0.5, beta2=0.75),
+        dataset=DataConfig(max_image_pixels=123),
+    )
+    for folder, resume in ((tmp_path, True), (tmp_path / "new", False)):
+        trainer = Trainer(settings, folder, resume=resume)
+        trainer.close()
+        (group,) = trainer.optimizer.param_groups
+        assert (group["betas"], group["weight_decay"]) == ((0.5, 0.75), 0.25)
+        (adapter,) = trainer.policy.model.peft_config.values()
+        assert (adapter.r, adapter.lora_alpha) == (2, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("targets", "adapted"), [(".*[qv]_proj", {"q_proj", "v_proj"}), ("all-linear", None)]
+)
+def test_adapters_are_where_they_are_asked_for(
+    targets: str, adapted: set[str] | None, tiny_folder: Path, tmp_path: Path
+) -> None:
+    policy = PolicyConfig(lora_rank=2, lora_targets=targets)
+    trainer = Trainer(config(tiny_folder, policy=policy), tmp_path)
+    trainer.close()
+    names = [name.split(".") for name, _ in trainer.policy.model.named_modules()]
+    found = {parts[parts.index("lora_A") - 1] for parts in names if "lora_A" in parts}
+    assert found == adapted if adapted else len(found) > 4
+
+
 def test_a_run_without_a_folder_makes_its_own(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,7 +87,6 @@ def load(
     split: Literal["train", "eval"],
     columns: Columns = GEOMETRY3K,
     eval_share: float = 0.1,
-    eval_items: int | None = None,
     seed: int = 0,
     max_pixels: int = MAX_PIXELS,
 ) -> Dataset:
@@ -101,7 +100,7 @@ def load(
 
     File and folder names tell the splits, as on the Hub (train; validation, val, dev; test, eval).
     Where the source brings training rows and others, evaluation takes its validation rows, or its
-    test rows where there are none. Otherwise `eval_items` rows, or the share `eval_share` of them
+    test rows where there are none. Otherwise the share `eval_share` of the rows
     (one at least, and not all; all for 1, none for 0), are held out by a hash of `seed` and the
     row's id, so that the choice depends on nothing else.
 
@@ -121,7 +120,7 @@ def load(
         _log.info("%s: %d rows for %s, the source's own %s split", source, len(rows), split, own)
     else:
         tables = [table for part in parts.values() for table in part]
-        rows = _share_out(source, tables, split, eval_share, eval_items, seed)
+        rows = _share_out(source, tables, split, eval_share, seed)
     if not rows:
         raise ValueError(f"{source} holds no rows to use for {split}: give a source that has some.")
     return Dataset(tables, rows, columns=columns, folder=folder, max_pixels=max_pixels)
@@ -132,23 +131,20 @@ def _share_out(
     tables: Sequence[Table],
     split: str,
     eval_share: float,
-    eval_items: int | None,
     seed: int,
 ) -> list[int]:
     """The rows of `split`, in order, of a source that does not bring both splits."""
     names = [table.row(index) for table in tables for index in range(len(table))]
     total = len(names)
-    if eval_items is not None:
-        setting, held_out = f"eval_items={eval_items}", eval_items
-    elif eval_share in (0, 1):
-        setting, held_out = f"dataset.eval_share={eval_share}", total * int(eval_share)
+    if eval_share in (0, 1):
+        held_out = total * int(eval_share)
     else:
-        setting = f"dataset.eval_share={eval_share}"
         held_out = min(max(1, round(eval_share * total)), total - 1)
-    if total and (not 0 <= held_out <= total or held_out == (total if split == "train" else 0)):
+    if total and held_out == (total if split == "train" else 0):
         raise ValueError(
-            f"{source} has {total} rows in all, and {setting} leaves none for {split}: hold out at "
-            "least one row and fewer than all, or give training and evaluation a source each."
+            f"{source} has {total} rows in all, and dataset.eval_share={eval_share} leaves none for "
+            f"{split}: hold out at least one row and fewer than all, or give training and evaluation "
+            "a source each."
         )
     ranked = sorted(range(total), key=lambda row: _draw(seed, names[row]))
     named = ", ".join(sorted({split_of(table.name) or "no" for table in tables}))

@@ -3,7 +3,6 @@
 from cppo.evaluation.metrics import (
     Estimate,
     avg_at_k,
-    by_kind,
     maj_at_k,
     paired_difference,
     pass_at_k,
@@ -13,7 +12,6 @@ from cppo.evaluation.metrics import (
 __all__ = [
     "Estimate",
     "avg_at_k",
-    "by_kind",
     "maj_at_k",
     "paired_difference",
     "pass_at_k",

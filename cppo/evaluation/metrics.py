@@ -140,37 +140,6 @@ def summarise(
     }
 
 
-def by_kind(
-    kinds: Sequence[str],
-    accuracies: Accuracies,
-    answers: Sequence[Sequence[str]],
-    k: int | None = None,
-    *,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> dict[str, dict[str, Estimate]]:
-    """`summarise` for each kind of item, in the order in which kinds first occur.
-
-    Args:
-        kinds: (N,), what to group items by: a subject, an answer type, a puzzle category.
-
-    Raises:
-        ValueError: As in the metrics, or kinds does not name one kind for each item.
-    """
-    matrix, k = _checked(accuracies, k)
-    if not len(kinds) == len(answers) == len(matrix):
-        raise ValueError(
-            f"there are {len(kinds)} kinds, {len(answers)} rows of answers and {len(matrix)} of"
-            " accuracies; each item needs one of each"
-        )
-    summaries = {}
-    for kind in dict.fromkeys(kinds):
-        rows = [row for row, other in enumerate(kinds) if other == kind]
-        chosen = [answers[row] for row in rows]
-        summaries[kind] = summarise(matrix[rows], chosen, k, resamples=resamples, seed=seed)
-    return summaries
-
-
 def _vote(accuracies: Sequence[float], answers: Sequence[str]) -> float:
     given: dict[str, list[float]] = {}
     for accuracy, answer in zip(accuracies, answers, strict=True):

@@ -81,11 +81,6 @@ class Outcome:
         return {kind: avg_at_k(rows) for kind, rows in sorted(rows_of.items())}
 
     @staticmethod
-    def mean(accuracies: Sequence[Sequence[float]]) -> Estimate:
-        """avg@k of accuracies alone."""
-        return avg_at_k(accuracies)
-
-    @staticmethod
     def joined(parts: Sequence[Outcome]) -> Outcome:
         """One outcome of several processes' parts."""
         names = ("rows", "kinds", "accuracies", "formats", "answers", "texts")

@@ -190,6 +190,12 @@ def load(
             f"model {source!r} lacks {len(missing)} of its weights, {missing[0]} among them: its "
             "files are incomplete, copy or download them again."
         )
+    text = config.get_text_config()
+    if getattr(text, "final_logit_softcapping", None) or model.lm_head.bias is not None:
+        raise ValueError(
+            f"model {source!r} caps its logits or has a head with a bias, and scores here are made "
+            "of the head's weight alone: it cannot be trained."
+        )
     family.prepare(model)
     place(model, device)
     if freeze_vision:

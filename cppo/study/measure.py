@@ -8,6 +8,7 @@ from typing import Any
 from cppo.builtin import ShapesTask
 from cppo.builtin.task import COLOURS, SHAPES
 from cppo.config import MeasureConfig
+from cppo.evaluation.metrics import avg_at_k
 from cppo.evaluation.perception import measure_detector
 from cppo.evaluation.run import Questions, evaluate
 from cppo.methods import CPPO, View
@@ -51,7 +52,7 @@ def measure_answers(trainer: Trainer, settings: MeasureConfig) -> dict[str, floa
             return encode_view(policy, prompt, view, seed=SEED, step=0)
 
         outcome = evaluate(policy, questions.shown(show), trainer.grader, sampling, seed=SEED)
-        found[name] = outcome.mean(outcome.accuracies).value
+        found[name] = avg_at_k(outcome.accuracies).value
     guessed = [chance(prompt.item.answer) for batch in questions.batches(64) for prompt in batch]
     return {**found, "chance": sum(guessed) / len(guessed)}
 
