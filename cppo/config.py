@@ -54,8 +54,8 @@ class PolicyConfig:
         gradient_checkpointing: Recompute activations instead of keeping them.
         lora_rank: Train adapters of this rank instead of the weights; 0 for the weights.
         lora_alpha: The adapters' scale, over the rank.
-        lora_targets: Modules that get adapters, as peft takes them: all-linear, or a pattern of whole
-            names, such as .*[qv]_proj.
+        lora_targets: Modules that get adapters, as peft takes them: all-linear, or a pattern of
+            whole names, such as .*[qv]_proj.
     """
 
     max_prompt_tokens: int = 2048

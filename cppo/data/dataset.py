@@ -142,9 +142,9 @@ def _share_out(
         held_out = min(max(1, round(eval_share * total)), total - 1)
     if total and held_out == (total if split == "train" else 0):
         raise ValueError(
-            f"{source} has {total} rows in all, and dataset.eval_share={eval_share} leaves none for "
-            f"{split}: hold out at least one row and fewer than all, or give training and evaluation "
-            "a source each."
+            f"{source} has {total} rows in all, and dataset.eval_share={eval_share} leaves none "
+            f"for {split}: hold out at least one row and fewer than all, or give training and "
+            "evaluation a source each."
         )
     ranked = sorted(range(total), key=lambda row: _draw(seed, names[row]))
     named = ", ".join(sorted({split_of(table.name) or "no" for table in tables}))
