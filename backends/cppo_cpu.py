@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from cppo.attention import usable
+from cppo.attention.merged import partial_or_none
 from cppo.device import Backend, Memory, PartialAttention, Unavailable
-from cppo.merged_attention import partial_or_none
 
 PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")

@@ -251,7 +251,7 @@ def first_line(error: Exception) -> str:
 
 def _why_not(backend: Backend, name: str, precision: torch.dtype | None) -> str:
     """What goes wrong with an attention that is not offered, where a trial of it tells."""
-    from cppo.attention import KNOWN, trial
+    from cppo.attention.kernels import KNOWN, trial
 
     if name not in KNOWN:
         return ""

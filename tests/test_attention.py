@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cppo import attention
+from cppo.attention import kernels as attention
+from cppo.attention.merged import partial_or_none
 from cppo.device import Unavailable, choose
-from cppo.merged_attention import partial_or_none
 
 Attend = Callable[..., Tensor]
 

@@ -67,8 +67,8 @@ def test_the_run_stops_above_the_share_and_not_at_it(tmp_path: Path) -> None:
         "3 of 11 rows were skipped (27.3%)",
         "  2 image truncated, such as bad:1: 12 bytes",
         "  1 answer empty, such as bad:2: ''",
-        f"A share of 20.0% is allowed. Each is named in {path}. Repair the rows, or set the columns "
-        "and limits that fit them, or raise dataset.max_skipped_share.",
+        f"A share of 20.0% is allowed. Each is named in {path}. Repair the rows, or set the "
+        "columns and limits that fit them, or raise dataset.max_skipped_share.",
     ]
     assert isinstance(caught.value, ValueError)
     assert len(lines_of(path)) == 3

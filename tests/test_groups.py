@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from cppo.attention import eager_attention
+from cppo.attention.groups import Layout
 from cppo.device import choose
 from cppo.policy import Policy, Row, Scorer, load
-from cppo.policy.groups import Layout
 from cppo.policy.padded import pad_rows
 
 PART = cppo_cpu.PARTIAL_ATTENTION

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from cppo.attention import Kernel, attend, eager_attention
+from cppo.attention.groups import Layout
 from cppo.device import first_line
 from cppo.doctor.finding import (
     Examination,
@@ -25,7 +26,6 @@ from cppo.doctor.finding import (
     relative_error,
     short,
 )
-from cppo.policy.groups import Layout
 
 ROWS, HEADS, KEY_HEADS, HEAD_SIZE = 2, 8, 2, 64
 LENGTHS = (1088, 700)  # of the rows: 1,024 image tokens and a response, and a smaller image

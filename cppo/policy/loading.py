@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from cppo.policy import groups
+from cppo.attention import groups
 from cppo.policy.batch import Row
 from cppo.policy.families import Family, family_of
 from cppo.policy.packed import obstacle, packed_tokens
@@ -48,7 +48,7 @@ class Policy:
 
     def __post_init__(self) -> None:
         if self.packs:  # for good: checkpointing recomputes a forward within the backward
-            self.language.config._attn_implementation = groups.name_of(self.attention)
+            self.language.config._attn_implementation = groups.register(self.attention)
 
     @property
     def base(self) -> Any:

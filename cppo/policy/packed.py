@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from cppo.attention.groups import Layout
 from cppo.device import PartialAttention
 from cppo.policy.batch import Batch, Row
 from cppo.policy.families import Family
-from cppo.policy.groups import Layout
 
 if TYPE_CHECKING:
     from cppo.policy.prompts import Prompt

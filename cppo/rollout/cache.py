@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cppo.attention import Kernel
-from cppo.policy.pieces import Pieces
+from cppo.attention.pieces import Pieces
 
 ROOM = 64  # tokens of each response that a layer begins with; doubled whenever they are used up
 
@@ -32,7 +32,7 @@ class _Held:
 
 
 class GroupCache:
-    """Stands for attention (see `cppo.policy.groups.Attending`): in a first pass over the packed
+    """Stands for attention (see `cppo.attention.groups.Attending`): in a first pass over the packed
     prompts, and then in one for each token."""
 
     def __init__(

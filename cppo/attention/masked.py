@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cppo.attention import Kernel
-from cppo.policy.pieces import Pieces
+from cppo.attention.kernels import Kernel
+from cppo.attention.pieces import Pieces
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

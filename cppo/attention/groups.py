@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from cppo.attention import Kernel, eager_attention
+from cppo.attention.kernels import Kernel, eager_attention
+from cppo.attention.masked import PaddedRows, attend_masked
+from cppo.attention.merged import Places, attend_merged
 from cppo.device import PartialAttention
-from cppo.merged_attention import Places, attend_merged
-from cppo.policy.masked import PaddedRows, attend_masked
 
 
 class Attending(Protocol):
@@ -71,8 +71,9 @@ class Layout:
         return attend_merged(query, key, value, self.places, scale=scale, part=self.part)
 
 
-def name_of(attention: str) -> str:
-    """The name by which transformers knows attention in groups, for a policy of this attention.
+def register(attention: str) -> str:
+    """Tells transformers of attention in groups, for a policy of this attention; returns the name
+    by which a model's config asks for it.
 
     Where that is "eager", so is the attention in groups; else it is PyTorch's.
     """

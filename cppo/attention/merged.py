@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cppo.attention import eager_attention
+from cppo.attention.kernels import eager_attention
 from cppo.device import PartialAttention, first_line
 
 log = logging.getLogger(__name__)
