@@ -46,7 +46,8 @@ def train(arguments: Sequence[str]) -> int:
         return 0
     folder = _run_folder(config, options["resume"])
     from cppo.console import set_up_logging
-    from cppo.trainer import Diverged, Trainer
+    from cppo.learner import Diverged
+    from cppo.trainer import Trainer
 
     set_up_logging()
 

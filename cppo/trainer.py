@@ -9,11 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,15 @@ import torch
 
 from cppo import checkpoint
 from cppo.collect import Collector, Encoder, Group
-from cppo.config import OptimizerConfig, TrainConfig, check
+from cppo.config import TrainConfig, check
 from cppo.console import Console, StopRequest, percent, points
 from cppo.data import Feed, SkipLedger
 from cppo.device import choose, resolve_attention, resolve_precision
 from cppo.evaluation.metrics import Estimate, avg_at_k, paired_difference
 from cppo.evaluation.run import Outcome, Questions, evaluate
+from cppo.learner import Diverged, Learner
 from cppo.methods import GRPO, build
-from cppo.policy import Policy, Scorer, save
-from cppo.policy.loading import frozen_copy
+from cppo.policy import Policy, save
 from cppo.processes import Processes
 from cppo.report.samples import describe
 from cppo.reward import SECOND_LOOKS, Grader, SecondLook, final_answer
@@ -37,13 +36,8 @@ from cppo.rollout import Sampling
 from cppo.run_folder import RunFolder, claim
 from cppo.samples import Sample
 from cppo.sources import open_data, open_policy
-from cppo.update import Updater
 
 logger = logging.getLogger(__name__)
-
-
-class Diverged(RuntimeError):  # noqa: N818 - named for what happened
-    """Too many steps in a row whose loss or gradient was not finite."""
 
 
 class Trainer:
@@ -130,7 +124,9 @@ class Trainer:
             world=world,
             gather=self.processes.gather,
         )
-        self._prepare()
+        self.learner = Learner(
+            self.policy, self.method, config, backend=self.backend, processes=self.processes
+        )
         self.collector = Collector(
             policy=self.policy,
             method=self.method,
@@ -147,7 +143,7 @@ class Trainer:
         self.questions = Questions(
             held_out, self.encoder, self.ledger, count=config.evaluation.items
         )
-        self.step, self.bad_steps = 0, 0
+        self.step = 0
         self.before: list[list[float]] | None = None
         self.feed_state = self.feed.state()
         if resume:
@@ -155,33 +151,6 @@ class Trainer:
         settings = dataclasses.asdict(config)
         settings["method_options"] = dataclasses.asdict(self.method)
         self.folder.write_config(settings)
-
-    def _prepare(self) -> None:
-        """The scorer that several processes share the gradients of, and what works on it."""
-        settings, rollout = self.config.optimizer, self.config.rollout
-        scorer = Scorer(self.policy, self.backend, temperature=rollout.temperature)
-        self.optimizer = torch.optim.AdamW(
-            [parameter for parameter in scorer.parameters() if parameter.requires_grad],
-            lr=settings.learning_rate,
-            betas=(settings.beta1, settings.beta2),
-            weight_decay=settings.weight_decay,
-            foreach=False,  # which would hold a copy of all weights for a moment
-        )
-        self.reference: Scorer | None = None
-        if self.method.reference_kl and not self.policy.has_adapters:
-            frozen = frozen_copy(self.policy)
-            self.reference = Scorer(frozen, self.backend, temperature=rollout.temperature)
-        self.scorer = self.processes.wrap(scorer)
-        self.updater = Updater(
-            scorer=self.scorer,
-            optimizer=self.optimizer,
-            method=self.method,
-            processes=self.processes,
-            tokens_per_micro_batch=settings.tokens_per_micro_batch,
-            max_grad_norm=settings.max_grad_norm,
-            max_new_tokens=rollout.max_new_tokens,
-            count_tokens=self.policy.count_tokens,
-        )
 
     # --- the loop ----------------------------------------------------------------------------
 
@@ -243,7 +212,12 @@ class Trainer:
             by_group = [self.collector.samples(group, step) for group in batch]
         if self.config.samples_every and step % self.config.samples_every == 0:
             records = describe(
-                self.policy, self.scorer, self.method, groups[0], seed=self.config.seed, step=step
+                self.policy,
+                self.learner.scorer,
+                self.method,
+                groups[0],
+                seed=self.config.seed,
+                step=step,
             )
             self.folder.log_samples(records)
         with _timed(seconds, "update_seconds"):
@@ -255,34 +229,16 @@ class Trainer:
         self, groups: Sequence[Group], by_group: list[list[Sample]], step: int
     ) -> dict[str, float]:
         """All optimizer steps on one rollout; metrics are their means."""
-        settings = self.config.optimizer
-        prompts = self.config.rollout.prompts
-        mini_batches = math.ceil(prompts / (settings.mini_batch_prompts or prompts))
-        samples = self._with_known_logprobs(
-            [sample for group in by_group for sample in group],
-            groups[0],
-            stale=mini_batches * settings.epochs > 1,
-        )
-        size = self.config.rollout.responses
-        by_group = [samples[start : start + size] for start in range(0, len(samples), size)]
-        rate = learning_rate(settings, step, self.config.steps)
-        progress = (step - 1) / self.config.steps
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = rate
-        updates: list[dict[str, float]] = []
-        order = torch.Generator()
-        for epoch in range(settings.epochs):
-            order.manual_seed(self.config.seed + 1_000_003 * step + epoch)
-            shuffled = torch.randperm(len(by_group), generator=order).tolist()
-            for number in range(mini_batches):
-                chosen = [by_group[i] for i in shuffled[number::mini_batches]]
-                batch = [sample for group in chosen for sample in group]
-                batch = batch or [_idle(groups[0])]
-                if update := self.updater.step(batch, progress=progress):
-                    updates.append(update)
-                    self._mind(update)
-        names = updates[0] if updates else {}
-        means = {name: sum(u[name] for u in updates) / len(updates) for name in names}
+        first = groups[0]
+        idle = Sample(prompt=first.prompt, ids=first.responses[0].ids, advantage=0.0, idle=True)
+        try:
+            metrics = self.learner.learn(by_group, idle, step)
+        except Diverged as error:
+            self._write_checkpoint()
+            raise Diverged(
+                f"{error}, or look for bad values in {self.folder.path / 'metrics.jsonl'}. The "
+                f"weights are saved under {self.folder.checkpoints}."
+            ) from error
         kept = sum(self.processes.gather([group.teaches(self.method) for group in groups]))
         if kept == 0 and self.processes.main:
             what = "accuracy, which is what counts where groups are resampled"
@@ -290,46 +246,7 @@ class Trainer:
                 "step %d teaches nothing: in each group, all responses have the same %s",
                 *(step, what if self.method.resample else "reward"),
             )
-        return {**means, "learning_rate": rate, "kept_groups": float(kept)}
-
-    def _with_known_logprobs(
-        self, samples: list[Sample], group: Group, *, stale: bool
-    ) -> list[Sample]:
-        """Adds the sampling policy's log-probabilities where it will have moved, and the
-        reference's where the method holds on to it."""
-        mattering = [sample for sample in samples if self.updater.matters(sample)]
-        if not any(self.processes.gather([bool(mattering)])):
-            return samples
-        known: dict[str, list[Any]] = {}
-        scored = mattering or [_idle(group)]  # every process takes part in each pass
-        if stale:
-            known["old_logprobs"] = self.updater.score_without_gradient(scored)
-        if self.method.reference_kl:
-            adapters = self.reference is None
-            with self.policy.without_adapters() if adapters else nullcontext():
-                known["reference_logprobs"] = self.updater.score_without_gradient(
-                    scored, self.reference
-                )
-        knowing = {
-            id(sample): dataclasses.replace(sample, **{n: values[i] for n, values in known.items()})
-            for i, sample in enumerate(mattering)
-        }
-        return [knowing.get(id(sample), sample) for sample in samples]
-
-    def _mind(self, update: dict[str, float]) -> None:
-        """Stops a run whose steps have stopped being finite, not by too high a loss scale."""
-        bad = update["skipped"] and self.processes.loss_scale <= 1
-        self.bad_steps = self.bad_steps + 1 if bad else 0
-        limit = self.config.optimizer.max_bad_steps
-        if self.bad_steps >= limit:
-            self._write_checkpoint()
-            raise Diverged(
-                f"{limit} steps in a row had a loss or gradient that is not finite (at step "
-                f"{self.step + 1}; the last gradient norm was {update['grad_norm']}). These steps "
-                f"left the weights alone, which are saved under {self.folder.checkpoints}. Lower "
-                "optimizer.learning_rate, use --precision float32, or look for bad values in "
-                f"{self.folder.path / 'metrics.jsonl'}."
-            )
+        return {**metrics, "kept_groups": float(kept)}
 
     def _after_step(self) -> None:
         evaluation, every = self.config.evaluation, self.config.checkpoint_every
@@ -392,16 +309,12 @@ class Trainer:
         state = {
             "feed": self.feed_state,
             "before": self.before,
-            "bad_steps": self.bad_steps,
+            "bad_steps": self.learner.bad_steps,
             "processes": self.processes.state(),
         }
 
-        def save_tensors(folder: Path) -> None:
-            torch.save(self._weights(), folder / "weights.pt")
-            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
-
         if self.processes.main:
-            checkpoint.write(self.folder.checkpoints, self.step, state, save_tensors)
+            checkpoint.write(self.folder.checkpoints, self.step, state, self.learner.save)
         self.processes.gather([])  # nobody goes on, and perhaps ends, before it is written
 
     def _resume(self) -> None:
@@ -411,16 +324,11 @@ class Trainer:
                 f"{self.folder.path} has no whole checkpoint to resume from: start anew, with "
                 "another --output"
             )
-        weights = torch.load(found.folder / "weights.pt", map_location="cpu")
-        self.policy.model.load_state_dict(weights, strict=False)
-        optimizer = torch.load(found.folder / "optimizer.pt", map_location="cpu")
-        settings = self.optimizer.param_groups
-        for group, given in zip(optimizer["param_groups"], settings, strict=True):
-            group.update({name: given[name] for name in ("betas", "weight_decay", "foreach")})
-        self.optimizer.load_state_dict(optimizer)
+        self.learner.restore(found.folder)
         self.processes.restore(found.state["processes"])
         self.step, self.before = found.step, found.state["before"]
-        self.bad_steps, self.feed_state = found.state["bad_steps"], dict(found.state["feed"])
+        self.learner.bad_steps = found.state["bad_steps"]
+        self.feed_state = dict(found.state["feed"])
         if self.before is not None and len(self.before) != len(self.questions):
             raise ValueError(
                 f"{self.folder.path} was evaluated on {len(self.before)} items before training, "
@@ -430,12 +338,6 @@ class Trainer:
         self.feed.restore(self.feed_state)
         self.folder.rewind(self.step)
         self.console.say(f"resuming {self.folder.path} after step {self.step}")
-
-    def _weights(self) -> dict[str, torch.Tensor]:
-        """What training changes, and no more: beneath adapters the weights stay as loaded."""
-        trained = {name for name, p in self.policy.model.named_parameters() if p.requires_grad}
-        state = self.policy.model.state_dict()
-        return {name: tensor for name, tensor in state.items() if name in trained}
 
     # --- processes ---------------------------------------------------------------------------
 
@@ -471,24 +373,6 @@ def _second_look(config: TrainConfig, method: GRPO) -> SecondLook | None:
             "another method"
         )
     return SECOND_LOOKS[method.second_look]
-
-
-def learning_rate(settings: OptimizerConfig, step: int, steps: int) -> float:
-    """The rate at a step, counted from 1: linear warm-up, then constant, linear or cosine decay."""
-    if step <= settings.warmup_steps:
-        return settings.learning_rate * step / settings.warmup_steps
-    done = (step - 1 - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
-    decay = {
-        "constant": 1.0,
-        "linear": 1.0 - done,
-        "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
-    }
-    return settings.learning_rate * decay[settings.schedule]
-
-
-def _idle(group: Group) -> Sample:
-    """A sample that keeps a process in step and counts for nothing."""
-    return Sample(prompt=group.prompt, ids=group.responses[0].ids, advantage=0.0, idle=True)
 
 
 def _contiguous(count: int, rank: int, world: int) -> range:

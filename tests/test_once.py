@@ -143,7 +143,8 @@ def counting(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Coun
 
     monkeypatch.setattr(policy.family, "pixels", processed)
     backend = dataclasses.replace(trainer.backend, token_statistics=projected)
-    for scorer in {id(s): s for s in (trainer.scorer, trainer.reference) if s}.values():
+    learner = trainer.learner
+    for scorer in {id(s): s for s in (learner.scorer, learner.reference) if s}.values():
         monkeypatch.setattr(getattr(scorer, "module", scorer), "_backend", backend)
     hooks = [
         policy.base.model.visual.register_forward_pre_hook(seen, with_kwargs=True),

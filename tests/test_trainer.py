@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import signal
@@ -29,12 +30,13 @@ from cppo.config import (
     RolloutConfig,
     TrainConfig,
 )
+from cppo.learner import Diverged, learning_rate
 from cppo.methods import METHODS
 from cppo.policy import encode_item
 from cppo.processes import Processes
 from cppo.reward import SECOND_LOOKS, Reward, SecondLook, final_answer
 from cppo.run_folder import RunFolder
-from cppo.trainer import Diverged, Trainer, learning_rate
+from cppo.trainer import Trainer
 
 pytestmark = pytest.mark.device
 REWARD = "test_trainer:reward_length"
@@ -256,19 +258,23 @@ def test_real_pictures_train(
 
 
 def test_steps_that_are_not_finite_end_the_run_with_a_diagnosis(
-    tiny_folder: Path, tmp_path: Path
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = Trainer(config(tiny_folder), tmp_path)
+    limit, bad = trainer.config.optimizer.max_bad_steps, {"skipped": 1.0, "grad_norm": math.nan}
+    # One that is finite clears the count.
+    ends = [*[bad] * (limit - 1), {"skipped": 0.0, "grad_norm": 1.0}, *[bad] * limit]
+    remaining = iter(ends)
+    updater = trainer.learner._updater
+    monkeypatch.setattr(updater, "step", lambda samples, progress: next(remaining))
     try:
-        for _ in range(trainer.config.optimizer.max_bad_steps - 1):
-            trainer._mind({"skipped": 1.0, "grad_norm": float("nan")})
-        trainer._mind({"skipped": 0.0, "grad_norm": 1.0})  # one that is finite clears the count
-        for _ in range(trainer.config.optimizer.max_bad_steps - 1):
-            trainer._mind({"skipped": 1.0, "grad_norm": float("nan")})
-        with pytest.raises(Diverged, match=r"optimizer\.learning_rate"):
-            trainer._mind({"skipped": 1.0, "grad_norm": float("nan")})
+        for number in range(len(ends) - 1):
+            trainer._train_step(number + 1)
+        with pytest.raises(Diverged, match=r"optimizer\.learning_rate.*saved under .*checkpoints"):
+            trainer._train_step(len(ends))
     finally:
         trainer.close()
+    assert list((tmp_path / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
@@ -409,7 +415,7 @@ def test_settings_of_the_optimizer_and_the_adapters_reach_them(
     for folder, resume in ((tmp_path, True), (tmp_path / "new", False)):
         trainer = Trainer(settings, folder, resume=resume)
         trainer.close()
-        (group,) = trainer.optimizer.param_groups
+        (group,) = trainer.learner.optimizer.param_groups
         assert (group["betas"], group["weight_decay"]) == ((0.5, 0.75), 0.25)
         (adapter,) = trainer.policy.model.peft_config.values()
         assert (adapter.r, adapter.lora_alpha) == (2, 3.0)

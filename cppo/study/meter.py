@@ -40,8 +40,8 @@ class Meter:
         trainer.collector.collect = collecting  # type: ignore[method-assign]
         family.encode = encoding  # type: ignore[method-assign]
         models = [trainer.policy.base]
-        if trainer.reference is not None:
-            models.append(trainer.reference.policy_model)
+        if trainer.learner.reference is not None:
+            models.append(trainer.learner.reference.policy_model)
         for model in models:
             first = family.language_model(model).layers[0]
             first.register_forward_pre_hook(reading, with_kwargs=True)
