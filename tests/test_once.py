@@ -249,6 +249,7 @@ def test_several_steps_on_a_rollout_cost_one_pass_more_for_the_old_logprobs(coun
     found = count("grpo", mini_batch_prompts=1, epochs=2)
     assert found.update["read"] == 3 * tokens_of(found.mattering)
     assert found.update["projected"] == 3 * responses_of(found.mattering)
+    assert found.update["seen"] == 2 * pictures_of(found.mattering)  # the rollout's serve the first
 
 
 def test_several_micro_batches_cost_a_pass_more_over_what_detects_and_no_other(count: Any) -> None:
@@ -260,7 +261,9 @@ def test_several_micro_batches_cost_a_pass_more_over_what_detects_and_no_other(c
         return sum(tokens_of([sample]) for sample in samples)
 
     assert found.update["read"] == apart(mattering) + 2 * apart(positive) + 2 * apart(positive)
-    assert found.update["seen"] == len(mattering) + 4 * len(positive)
+    # The image as it is was seen in the rollout; without gradient, what removes it is new, once.
+    learnt = len(mattering) + 2 * len(positive)
+    assert found.update["seen"] == pictures_of(positive) + learnt
     assert found.update["processed"] == 2 * pictures_of(positive)
     # First what detects; then what the loss reads, which is known.
     detecting = 2 * responses_of(positive)

@@ -305,6 +305,46 @@ def test_a_vision_tower_that_is_not_trained_sees_each_picture_once_while_it_is_h
     assert not len(frozen.features)  # and no longer than that
 
 
+def test_a_tower_that_learns_looks_again_once_it_has_changed(
+    folder: Path, backend: Backend
+) -> None:
+    policy = load_float32(folder)
+    rows = make_rows(policy)
+    parameters = [p for p in policy.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, foreach=False)
+    pictures = sum({id(row.prompt.pixels): len(row.prompt.pixels) for row in rows}.values())
+    with counted(vision_tower(policy)) as patches:
+        with torch.no_grad():
+            before = score(policy, backend, rows)
+            again = score(policy, backend, rows)
+        assert patches == [pictures]
+        assert largest_difference(before, again) == 0
+        learnt = score(policy, backend, rows)
+        assert patches == [pictures] * 2
+        sum(logprobs.sum() for logprobs, _ in learnt).backward()
+        optimizer.step()
+        with torch.no_grad():
+            after = score(policy, backend, rows)
+        assert patches == [pictures] * 3
+    policy.features.clear()
+    assert largest_difference(after, score(policy, backend, rows)) < 1e-5
+    assert largest_difference(after, before) > 1e-3
+
+
+def test_adapters_in_the_tower_are_left_out_where_they_are_to_be(
+    folder: Path, backend: Backend
+) -> None:
+    adapted = load_float32(folder, lora=LORA | {"init_lora_weights": False})
+    plain, rows = load_float32(folder), make_rows(adapted)
+    with torch.no_grad():
+        first = score(adapted, backend, rows)
+        with adapted.without_adapters():
+            bare = score(adapted, backend, rows)
+        assert largest_difference(score(adapted, backend, rows), first) == 0
+        assert largest_difference(bare, score(plain, backend, rows)) < 1e-5
+    assert largest_difference(bare, first) > 1e-3
+
+
 def test_a_frozen_tower_under_checkpointed_adapters_can_be_gone_back_through_twice(
     folder: Path, backend: Backend
 ) -> None:
@@ -320,7 +360,7 @@ def test_a_frozen_tower_under_checkpointed_adapters_can_be_gone_back_through_twi
     for _ in range(2):
         scorer(rows).logprobs.sum().backward()
     assert policy.features
-    assert not any(features.requires_grad for features in policy.features.values())
+    assert not any(features.requires_grad for _, features in policy.features.values())
     gradients = [p.grad for p in policy.model.parameters() if p.requires_grad]
     assert any(gradient is not None and gradient.any() for gradient in gradients)
 

@@ -27,6 +27,7 @@ INSTRUCTION = (
     "Then put the final answer in \\boxed{}."
 )
 
+Sight = tuple[int, ...]
 # Adapters of weights that are read directly: by the scoring kernel, and by PatchProjection.
 UNADAPTABLE = ("lm_head.lora_A", "patch_embed.proj.lora_A")
 
@@ -43,8 +44,11 @@ class Policy:
     precision: torch.dtype  # that it computes in; weights may be wider
     attention: str  # as transformers names it
     source: str
-    # What a vision tower that is not trained has made of pixels, while they are held.
-    features: MutableMapping[Tensor, Tensor] = field(default_factory=WeakTensorKeyDictionary)
+    # What the vision tower has made of pixels without gradient, while they are held; see `sight`.
+    features: MutableMapping[Tensor, tuple[Sight, Tensor]] = field(
+        default_factory=WeakTensorKeyDictionary
+    )
+    adapting: bool = True  # whether adapters, where there are some, are active
 
     def __post_init__(self) -> None:
         if self.packs:  # for good: checkpointing recomputes a forward within the backward
@@ -69,13 +73,15 @@ class Policy:
         return packed_tokens(rows) if self.packs else padded_tokens(rows)
 
     @property
-    def learns_to_see(self) -> bool:
-        """Whether anything is trained that turns pictures into features."""
-        return any(
-            parameter.requires_grad
+    def sight(self) -> Sight:
+        """Changes with what the vision tower makes of a picture: the versions, as PyTorch counts
+        them, of the parameters that are trained there. Empty where none is."""
+        learnt = [
+            parameter
             for name, parameter in self.base.model.named_parameters()
-            if name.split(".")[0] in self.family.vision
-        )
+            if parameter.requires_grad and name.split(".")[0] in self.family.vision
+        ]
+        return (int(self.adapting), *(p._version for p in learnt)) if learnt else ()
 
     @property
     def instruction(self) -> str:
@@ -100,8 +106,12 @@ class Policy:
     def without_adapters(self) -> Iterator[None]:
         """The starting policy, where LoRA trains only adapters."""
         assert self.has_adapters
-        with self.model.disable_adapter():
-            yield
+        self.adapting = False
+        try:
+            with self.model.disable_adapter():
+                yield
+        finally:
+            self.adapting = True
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Computing in the policy's precision, whatever its weights are kept in."""

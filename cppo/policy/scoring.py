@@ -8,7 +8,7 @@ Shapes: R rows, T response tokens (right-padded), F image tokens of all prompts 
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -136,17 +136,17 @@ def _beside(rows: Sequence[Row]) -> Tensor:
 def encode_images(policy: Policy, prompts: Sequence[Prompt]) -> Tensor | None:
     """Features (levels, F, D) of all prompts' images in order; None where there are none.
 
-    Each distinct picture is encoded once; and where nothing in the vision tower is trained, never
-    again as long as its pixels are held.
+    Each distinct picture is encoded once; and where no gradient is wanted, never again as long as
+    its pixels are held and the vision tower is as it was.
     """
     prompts = [prompt for prompt in prompts if len(prompt.grids)]
-    known: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
-    if not policy.learns_to_see:
-        known = policy.features
-    fresh = {id(p.pixels): p for p in prompts if p.pixels not in known}
+    sight = policy.sight
+    learns = bool(sight) and torch.is_grad_enabled()
+    held = WeakTensorKeyDictionary() if learns else policy.features
+    fresh = {id(p.pixels): p for p in prompts if held.get(p.pixels, (None,))[0] != sight}
     if fresh:
         # Checkpointing adapters makes the tower's inputs differentiable, whether it learns or not.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and policy.learns_to_see):
+        with torch.set_grad_enabled(learns):
             encoded = policy.family.encode(
                 policy.base,
                 torch.cat([prompt.pixels.to(policy.device) for prompt in fresh.values()]),
@@ -155,6 +155,6 @@ def encode_images(policy: Policy, prompts: Sequence[Prompt]) -> Tensor | None:
         start = 0
         for prompt in fresh.values():
             images = encoded[start : start + len(prompt.grids)]
-            known[prompt.pixels] = torch.cat(list(images), dim=1)
+            held[prompt.pixels] = (sight, torch.cat(list(images), dim=1))
             start += len(prompt.grids)
-    return torch.cat([known[p.pixels] for p in prompts], dim=1) if prompts else None
+    return torch.cat([held[p.pixels][1] for p in prompts], dim=1) if prompts else None
