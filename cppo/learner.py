@@ -90,7 +90,10 @@ class Learner:
             for number in range(mini_batches):
                 chosen = [by_group[i] for i in shuffled[number::mini_batches]]
                 batch = [sample for group in chosen for sample in group]
-                if update := self._updater.step(batch or [idle], progress=progress):
+                update = self._updater.step(batch or [idle], progress=progress)
+                if self._policy.sight:  # what the tower made of pictures is out of date
+                    self._policy.features.clear()
+                if update:
                     updates.append(update)
                     self._mind(update, step)
         names = updates[0] if updates else {}

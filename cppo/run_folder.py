@@ -17,6 +17,7 @@ import contextlib
 import fcntl
 import itertools
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from datetime import datetime
@@ -25,14 +26,18 @@ from typing import Any, TextIO
 
 import yaml
 
+log = logging.getLogger(__name__)
+
 
 def claim(method: str, model: str) -> Path:
     """A new folder under runs/, made at once, so that no run of the same second has it too."""
     name = f"{datetime.now():%Y%m%d-%H%M%S}-{method}-{Path(model).name}"
+    runs = Path("runs")
+    runs.mkdir(exist_ok=True)
     for number in itertools.count(1):
-        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        folder = runs / (name if number == 1 else f"{name}-{number}")
         with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
     raise AssertionError("numbers do not end")
 
@@ -143,6 +148,8 @@ def _locked(folder: Path) -> TextIO:
         raise ValueError(
             f"another run is at work in {folder}: wait until it has ended, or give another --output"
         ) from error
+    except OSError as error:  # some file systems know no locks
+        log.warning("%s is not locked, keep other runs away from it: %s", folder, error)
     return lock
 
 

@@ -133,6 +133,8 @@ def nearest(given: str, known: Sequence[str]) -> str:
         best = foreign
     elif close or close_leaf:
         best = close[0] if close else leaves[close_leaf[0]]
+    elif elsewhere := [name for name in known if name.rpartition(".")[2] == leaf]:
+        best = elsewhere[0]
     else:
         few = beside or (known if len(known) <= 20 else [])
         return f". Known: {', '.join(few)}" if few else "; --help lists what there is"
@@ -201,7 +203,7 @@ def _config_of(run: Path) -> str:
 
 
 def _files_first(arguments: Sequence[str]) -> list[str]:
-    """What is given by itself goes before what files hold, wherever it stands."""
+    """What is given by itself wins over what files hold, wherever it stands."""
     files: list[str] = []
     rest: list[str] = []
     remaining = iter(arguments)

@@ -208,6 +208,7 @@ def test_the_version_is_the_distributions() -> None:
         (["train", "--lr", "1e-4"], "lr", "optimizer.learning_rate"),
         (["train", "--optimizer.lr", "1e-4"], "optimizer.lr", "optimizer.learning_rate"),
         (["train", "--num_generations", "4"], "num_generations", "rollout.responses"),
+        (["train", "--optimizer.temperature", "1"], "optimizer.temperature", "rollout.temperature"),
         (["train", "--beta", "0.1"], "beta", "method_options.reference_kl"),
         (["eval", "--items", "12"], "items", "count"),
         (["methods", "ccpo"], "ccpo", "cppo"),

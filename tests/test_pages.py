@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +119,30 @@ def test_a_method_gives_its_loss_and_says_which_view_is_missing(name: str) -> No
         seen=seen,
         views=views,
     )
-    loss = method.loss(tokens)
+    loss = method.loss(tokens, max_new_tokens=6)
     loss.backward()
     assert math.isfinite(loss.item())
     assert seen.logprobs.grad is not None
     assert seen.logprobs.grad.any()
     for missing in views:
         rest = {view: views[view] for view in views if view != missing}
-        with pytest.raises(ValueError, match=rf"needs scores on the views {missing} too"):
-            method.loss(Tokens(**{**vars(tokens), "views": rest}))
+        with pytest.raises(ValueError, match=rf"needs tokens' views\['{missing}'\] too"):
+            method.loss(replace(tokens, views=rest), max_new_tokens=6)
+    with pytest.raises(ValueError, match="needs tokens' reference_logprobs too"):
+        method.loss(replace(tokens, reference_logprobs=None), max_new_tokens=6)
+
+
+def test_a_loss_says_what_else_it_needs_and_divides_by_it() -> None:
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    seen = Scores(logprobs=torch.zeros(2, 3), entropy=torch.zeros(2, 3))
+    advantages = torch.tensor([1.0, -0.25])
+    tokens = Tokens(mask=mask, advantages=advantages, old_logprobs=torch.zeros(2, 3), seen=seen)
+    with pytest.raises(ValueError, match="needs max_new_tokens"):
+        build("dr_grpo").loss(tokens)
+    # Each token's loss is minus its advantage: (2 * -1 + 3 * 0.25) / (2 responses * 10 tokens).
+    assert build("dr_grpo").loss(tokens, max_new_tokens=10).item() == pytest.approx(-1.25 / 20)
+    assert build("grpo").loss(tokens).item() == pytest.approx(-1.25 / 5)
+    full = build("cppo", {"divergence": "full"})
+    views = {view.name: seen for view in full.views}
+    with pytest.raises(ValueError, match=r"views\['preserved'\].divergence, "):
+        full.loss(replace(tokens, views=views))

@@ -336,11 +336,13 @@ def test_adapters_in_the_tower_are_left_out_where_they_are_to_be(
 ) -> None:
     adapted = load_float32(folder, lora=LORA | {"init_lora_weights": False})
     plain, rows = load_float32(folder), make_rows(adapted)
-    with torch.no_grad():
+    pictures = sum({id(row.prompt.pixels): len(row.prompt.pixels) for row in rows}.values())
+    with torch.no_grad(), counted(vision_tower(adapted)) as patches:
         first = score(adapted, backend, rows)
         with adapted.without_adapters():
             bare = score(adapted, backend, rows)
         assert largest_difference(score(adapted, backend, rows), first) == 0
+        assert patches == [pictures] * 2
         assert largest_difference(bare, score(plain, backend, rows)) < 1e-5
     assert largest_difference(bare, first) > 1e-3
 
@@ -360,7 +362,8 @@ def test_a_frozen_tower_under_checkpointed_adapters_can_be_gone_back_through_twi
     for _ in range(2):
         scorer(rows).logprobs.sum().backward()
     assert policy.features
-    assert not any(features.requires_grad for _, features in policy.features.values())
+    held = [features for kept in policy.features.values() for features in kept.values()]
+    assert not any(features.requires_grad for features in held)
     gradients = [p.grad for p in policy.model.parameters() if p.requires_grad]
     assert any(gradient is not None and gradient.any() for gradient in gradients)
 

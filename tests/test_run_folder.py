@@ -1,5 +1,6 @@
 """Laws of the run folder: what is logged can be read again, by people and by a resumed run."""
 
+import errno
 import json
 import math
 import re
@@ -163,6 +164,26 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     RunFolder(tmp_path, active=False)  # another process of the same run
     first.close()
     RunFolder(tmp_path).close()
+
+
+def test_a_file_system_without_locks_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(*given: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", flock)
+    RunFolder(tmp_path).close()
+    assert f"{tmp_path} is not locked" in caplog.text
+
+
+def test_a_folder_of_runs_that_cannot_be_made_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to(tmp_path / "absent")
+    with pytest.raises(FileExistsError):
+        claim("cppo", "builtin")
 
 
 def test_runs_of_the_same_second_have_folders_of_their_own(

@@ -15,6 +15,7 @@ from cppo.objective import (
     Aggregation,
     aggregate,
     clipped_surrogate,
+    count_units,
     divergence,
     group_advantages,
 )
@@ -112,25 +113,37 @@ class GRPO:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-6)
         return advantages
 
-    def loss(self, tokens: Tokens) -> Tensor:
+    def loss(self, tokens: Tokens, *, max_new_tokens: int | None = None) -> Tensor:
         """The loss of a batch that is not cut, to be differentiated: for other trainers.
 
         `tokens` holds scores with their gradients, on the image and on each of `views`; of
-        responses that a view is not `needed` for, its scores may be zero. ValueError where a view
-        is missing.
+        responses that a view is not `needed` for, its scores may be zero. `max_new_tokens` is the
+        longest response allowed, which `aggregation` "sequence-sum-norm" divides by. ValueError
+        where something is missing.
         """
-        missing = [view.name for view in self.views if view.name not in tokens.views]
+        missing = [
+            *(f"views[{v.name!r}]" for v in self.views if v.name not in tokens.views),
+            *(
+                f"views[{v.name!r}].divergence"
+                for v in self.views
+                if v.full_divergence and v.name in tokens.views
+                if tokens.views[v.name].divergence is None
+            ),
+        ]
+        if self.reference_kl and tokens.reference_logprobs is None:
+            missing.append("reference_logprobs")
         if missing:
-            raise ValueError(
-                f"{type(self).__name__} needs scores on the views {', '.join(missing)} too: "
-                f"tokens.views has {', '.join(tokens.views) or 'none'}"
-            )
+            raise ValueError(f"{type(self).__name__} needs tokens' {', '.join(missing)} too")
+        if self.aggregation == "sequence-sum-norm" and max_new_tokens is None:
+            raise ValueError("aggregation 'sequence-sum-norm' needs max_new_tokens")
         with torch.no_grad():
             plan = self.plan(tokens)
         total = torch.zeros((), device=tokens.mask.device)
         for name, term in self.terms(tokens, plan).items():
-            average = plan.averages[name]
-            total = total + term.weight * aggregate(term.per_token, average.mask, average.mode)
+            mask, mode = plan.averages[name].mask, plan.averages[name].mode
+            longest = max_new_tokens or 1 if mode == "sequence-sum-norm" else 1
+            units = count_units(mask, mode) * longest
+            total = total + term.weight * aggregate(term.per_token, mask, mode, denominator=units)
         return total
 
     def plan(self, tokens: Tokens) -> Plan:

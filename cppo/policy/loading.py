@@ -45,10 +45,9 @@ class Policy:
     attention: str  # as transformers names it
     source: str
     # What the vision tower has made of pixels without gradient, while they are held; see `sight`.
-    features: MutableMapping[Tensor, tuple[Sight, Tensor]] = field(
+    features: MutableMapping[Tensor, dict[Sight, Tensor]] = field(
         default_factory=WeakTensorKeyDictionary
     )
-    adapting: bool = True  # whether adapters, where there are some, are active
 
     def __post_init__(self) -> None:
         if self.packs:  # for good: checkpointing recomputes a forward within the backward
@@ -75,13 +74,14 @@ class Policy:
     @property
     def sight(self) -> Sight:
         """Changes with what the vision tower makes of a picture: the versions, as PyTorch counts
-        them, of the parameters that are trained there. Empty where none is."""
+        them, of the parameters that are trained there. Empty where none is, or where adapters are
+        left out (peft then takes their gradients from them)."""
         learnt = [
             parameter
             for name, parameter in self.base.model.named_parameters()
             if parameter.requires_grad and name.split(".")[0] in self.family.vision
         ]
-        return (int(self.adapting), *(p._version for p in learnt)) if learnt else ()
+        return tuple(p._version for p in learnt)
 
     @property
     def instruction(self) -> str:
@@ -106,12 +106,8 @@ class Policy:
     def without_adapters(self) -> Iterator[None]:
         """The starting policy, where LoRA trains only adapters."""
         assert self.has_adapters
-        self.adapting = False
-        try:
-            with self.model.disable_adapter():
-                yield
-        finally:
-            self.adapting = True
+        with self.model.disable_adapter():
+            yield
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Computing in the policy's precision, whatever its weights are kept in."""
@@ -164,8 +160,8 @@ def load(
         ProcessorMixin,
     )
 
-    folder = Path(source)
-    is_path = folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
+    folder = Path(source).expanduser()
+    is_path = folder.is_absolute() or source.startswith(".") or source.count("/") > 1
     if is_path and not folder.is_dir():
         raise ValueError(f"model {source!r} is no folder: give one that `save_pretrained` wrote")
     if folder.is_dir() and not (folder / "config.json").exists():
@@ -173,9 +169,15 @@ def load(
             f"model {source!r} holds no config.json: give a folder that `save_pretrained` wrote, "
             "such as a run's model/"
         )
+    source = str(folder) if folder.is_dir() else source
     try:
         config = AutoConfig.from_pretrained(source)
         family = family_of(config.model_type)
+        if getattr(config.get_text_config(), "final_logit_softcapping", None):
+            raise ValueError(
+                f"model {source!r} caps its logits, and scores here are made of the head's weight "
+                "alone: it cannot be used."
+            )
         if not family.causal and "flash" in attention:
             logger.warning(
                 "sdpa instead of %s, which has no mask for image tokens that attend to later ones",
@@ -199,12 +201,6 @@ def load(
         raise ValueError(
             f"model {source!r} lacks {len(missing)} of its weights, {missing[0]} among them: its "
             "files are incomplete, copy or download them again."
-        )
-    text = config.get_text_config()
-    if getattr(text, "final_logit_softcapping", None) or model.lm_head.bias is not None:
-        raise ValueError(
-            f"model {source!r} caps its logits or has a head with a bias, and scores here are made "
-            "of the head's weight alone: it cannot be trained."
         )
     family.prepare(model)
     place(model, device)

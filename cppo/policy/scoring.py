@@ -143,7 +143,7 @@ def encode_images(policy: Policy, prompts: Sequence[Prompt]) -> Tensor | None:
     sight = policy.sight
     learns = bool(sight) and torch.is_grad_enabled()
     held = WeakTensorKeyDictionary() if learns else policy.features
-    fresh = {id(p.pixels): p for p in prompts if held.get(p.pixels, (None,))[0] != sight}
+    fresh = {id(p.pixels): p for p in prompts if sight not in held.get(p.pixels, {})}
     if fresh:
         # Checkpointing adapters makes the tower's inputs differentiable, whether it learns or not.
         with torch.set_grad_enabled(learns):
@@ -155,6 +155,6 @@ def encode_images(policy: Policy, prompts: Sequence[Prompt]) -> Tensor | None:
         start = 0
         for prompt in fresh.values():
             images = encoded[start : start + len(prompt.grids)]
-            held[prompt.pixels] = (sight, torch.cat(list(images), dim=1))
+            held.setdefault(prompt.pixels, {})[sight] = torch.cat(list(images), dim=1)
             start += len(prompt.grids)
-    return torch.cat([held[p.pixels][1] for p in prompts], dim=1) if prompts else None
+    return torch.cat([held[p.pixels][sight] for p in prompts], dim=1) if prompts else None
