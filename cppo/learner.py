@@ -46,7 +46,9 @@ class Learner:
             lr=settings.learning_rate,
             betas=(settings.beta1, settings.beta2),
             weight_decay=settings.weight_decay,
-            foreach=False,  # which would hold a copy of all weights for a moment
+            # Not foreach, which would hold a copy of all weights for a moment; nor fused, which
+            # does not count parameters' versions, that features of pictures are known by.
+            foreach=False,
         )
         self.reference: Scorer | None = None
         if method.reference_kl and not policy.has_adapters:

@@ -410,7 +410,6 @@ def test_settings_of_the_optimizer_and_the_adapters_reach_them(
         first,
         policy=PolicyConfig(lora_rank=2, lora_alpha=3.0),
         optimizer=OptimizerConfig(weight_decay=0.25, beta1=0.5, beta2=0.75),
-        dataset=DataConfig(max_image_pixels=123),
     )
     for folder, resume in ((tmp_path, True), (tmp_path / "new", False)):
         trainer = Trainer(settings, folder, resume=resume)
