@@ -12,21 +12,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-import floor
-import scale
-import step
-import token_statistics
 import torch
-import update
 from measure import Row
+from sections import SECTIONS, measure
 
 from cppo.console import Console
 from cppo.device import resolve
 from cppo.doctor.environment import describe
-
-# Statistics first: the heap that other sections leave would serve its large blocks, and keep them,
-# so that neither their peak nor the clearing of their pages were seen.
-SECTIONS = ("statistics", "update", "floor", "step", "growth", "scale")
 
 
 def main() -> None:
@@ -54,27 +46,7 @@ def main() -> None:
     }
     for section in wanted:
         console.say(f"measuring: {section}")
-        if section == "update":
-            new = update.measure(backend, given.repeats)
-        elif section == "floor":
-            new = floor.measure(backend, given.repeats)
-        elif section == "growth":
-            new = update.grow(backend, given.repeats)
-        elif section == "scale":
-            new = scale.measure(backend, given.repeats)
-        elif section == "step":
-            new = step.measure(backend, found.name, given.repeats)
-        else:
-            shape = (16_384, 2048, torch.bfloat16) if accelerated else (1024, 1024, torch.float32)
-            tokens, hidden, dtype = shape
-            new = token_statistics.measure(
-                backend,
-                given.repeats,
-                tokens=tokens,
-                vocabulary=151_936,
-                hidden=hidden,
-                dtype=dtype,
-            )
+        new = measure(section, found.name, given.repeats, given.threads)
         console.table(section, ("", "", "over", "ratio", "target"), [_cells(row) for row in new])
         rows += new
         # What was measured stays, whatever comes after.

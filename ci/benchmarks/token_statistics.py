@@ -38,9 +38,11 @@ def ligers(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Ten
     return -losses, torch.zeros_like(losses)
 
 
-def measure(
-    backend: Backend, repeats: int, *, tokens: int, vocabulary: int, hidden: int, dtype: torch.dtype
-) -> list[Row]:
+def measure(backend: Backend, repeats: int) -> list[Row]:
+    on_cpu, vocabulary = backend.device == "cpu", 151_936
+    tokens, hidden, dtype = (
+        (1024, 1024, torch.float32) if on_cpu else (16_384, 2048, torch.bfloat16)
+    )
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(tokens, hidden, generator=generator)
     projection = torch.randn(vocabulary, hidden, generator=generator) * hidden**-0.5
@@ -74,14 +76,13 @@ def measure(
         "TRL's chunked": trls,
         "whole logits": materialised,
     }
-    if backend.device == "cpu":
+    if on_cpu:
         print("NOT RUN: Liger's fused loss: its kernels are in Triton, which needs a GPU")
     elif find_spec("liger_kernel") is None:
         print("NOT RUN: Liger's fused loss: liger-kernel is not installed")
     else:
         kernels["Liger's fused"] = ligers
     what = f"token statistics, T {tokens}, V {vocabulary}, D {hidden}, {str(dtype)[6:]}"
-    on_cpu = backend.device == "cpu"
     rows: list[Row] = []
     for name, kernel in kernels.items():
         if name != "cppo":
