@@ -21,8 +21,8 @@ SECTIONS: Mapping[str, Callable[[Backend, str, int], list[Row]]] = {
     "update": lambda backend, name, repeats: update.measure(backend, repeats),
     "floor": lambda backend, name, repeats: floor.measure(backend, repeats),
     "step": step.measure,
-    "growth": lambda backend, name, repeats: update.grow(backend, repeats),
     "statistics": lambda backend, name, repeats: token_statistics.measure(backend, repeats),
+    "growth": lambda backend, name, repeats: update.grow(backend, repeats),
     "scale": lambda backend, name, repeats: scale.measure(backend, repeats),
 }
 

@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import json
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import Row, synchronize
+from measure import Row, now
 from PIL import Image
 from workload import SMALL, make_model
 
@@ -60,6 +59,8 @@ def _one(
     backend: Backend, name: str, repeats: int, side: int, response: int, prompts: int
 ) -> list[Row]:
     """Prompts and their groups, all in one batch on both sides."""
+    what = f"whole step, {prompts} x {side**2} image tokens, {RESPONSES} x up to {response} each"
+    print(f"  {what}", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         tokenizer, images = _prepare(folder, repeats, side, prompts)
@@ -67,10 +68,9 @@ def _one(
         ours: list[float] = []
 
         def step_of_ours() -> None:
-            started = time.perf_counter()
+            started = now()
             trainer._train_step(len(ours) + 1)
-            synchronize()
-            ours.append(time.perf_counter() - started)
+            ours.append(now() - started)
 
         try:
             with _counting(trainer.policy.model) as mine:
@@ -80,7 +80,6 @@ def _one(
         finally:
             trainer.close()
     ours, theirs = ours[1:], theirs[1:]  # the first warms up
-    what = f"whole step, {prompts} x {side**2} image tokens, {RESPONSES} x up to {response} each"
     rows = [
         Row(
             what=what,
@@ -207,11 +206,10 @@ def _trls(
             self.started, self.seconds = 0.0, []
 
         def on_step_begin(self, *given: Any, **named: Any) -> None:
-            self.started = time.perf_counter()
+            self.started = now()
 
         def on_step_end(self, *given: Any, **named: Any) -> None:
-            synchronize()
-            self.seconds.append(time.perf_counter() - self.started)
+            self.seconds.append(now() - self.started)
             between()
 
     model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32)
