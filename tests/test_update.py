@@ -387,8 +387,9 @@ def test_every_family_takes_the_step_that_its_own_attention_over_padded_rows_giv
     family: str, adapted: bool, tmp_path: Path, tokenizer: Any
 ) -> None:
     """However the batch is cut, gated or not; one of the prompts has several pictures."""
-    torch.manual_seed(0)  # of the adapters
-    folder, tolerance = save_family(family, tmp_path, tokenizer), 1e-5 if adapted else TOLERANCE
+    folder = save_family(family, tmp_path, tokenizer)
+    tolerance = 1e-5 if adapted else TOLERANCE
+    torch.manual_seed(0)  # adapters are drawn
     policy = load_policy(folder, torch.float32, **ADAPTED) if adapted else load_policy(folder)
     method = build("cppo", {"weight": 1.0})
     gated = make_samples(policy, method, ITEMS[:2])
@@ -396,12 +397,15 @@ def test_every_family_takes_the_step_that_its_own_attention_over_padded_rows_giv
     padded = make_scorer(policy)
     padded._arrange = pad_rows
     with as_loaded(policy):
-        expected = plain_gradient(policy, plain_loss(policy, method, everything, padded))
+        loss = plain_loss(policy, method, everything, padded)
+        expected = plain_gradient(policy, loss)
     for samples in (gated, everything):
         for cut in ("whole", "group") if adapted else ("whole", "group", "sample"):
             change, metrics = descend(policy, method, samples, cut)
             check(change, expected, tolerance)
             assert metrics["perception_tokens"] > 0
+            found = metrics["loss/policy"] + metrics["loss/perception"]  # whose weight is 1
+            assert found == pytest.approx(float(loss.detach()), rel=1e-5)
 
 
 def test_each_picture_passes_the_vision_tower_once_a_scoring_call(policy: Policy) -> None:

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-import torch
 from measure import Row
-from sections import SECTIONS, measure
+from sections import SECTIONS, describe_apart, measure_apart
 
 from cppo.console import Console
-from cppo.device import resolve
-from cppo.doctor.environment import describe
 
 
 def main() -> None:
@@ -29,24 +24,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of the CPU, on all sides alike")
     parser.add_argument("--json", type=Path, default=Path("reports/bench.json"))
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    found = resolve(given.backend)
-    backend = found.backend
-    assert backend is not None
-    accelerated = backend.device != "cpu"
-    wanted = given.only or [s for s in SECTIONS if s != "scale" or accelerated]
+    about = describe_apart(given.backend, given.threads)
+    wanted = given.only or [s for s in SECTIONS if s != "scale" or about["device"] != "cpu"]
     console, rows = Console(), []
-    report = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "backend": found.name,
-        "threads": given.threads,
-        "attention in groups": "in parts" if backend.partial_attention else "under a mask",
-        "environment": describe(backend) | _peers(),
-        "rows": [],
-    }
+    report = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **about, "rows": []}
     for section in wanted:
         console.say(f"measuring: {section}")
-        new = measure(section, found.name, given.repeats, given.threads)
+        new = measure_apart(section, about["backend"], given.repeats, given.threads)
         console.table(section, ("", "", "over", "ratio", "target"), [_cells(row) for row in new])
         rows += new
         # What was measured stays, whatever comes after.
@@ -54,15 +38,6 @@ def main() -> None:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     console.say(f"report: {given.json}")
-
-
-def _peers() -> dict[str, str]:
-    """The versions of those that are installed."""
-    found = {}
-    for name in ("trl", "liger-kernel"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def _cells(row: Row) -> tuple[str, ...]:

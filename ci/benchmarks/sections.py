@@ -3,9 +3,12 @@ to its allocator would serve the next, and change its time and its peak."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, TypeVar
 
 import floor
 import scale
@@ -15,7 +18,10 @@ import torch
 import update
 from measure import Row
 
-from cppo.device import Backend, choose
+from cppo.device import Backend, choose, resolve
+from cppo.doctor.environment import describe
+
+Result = TypeVar("Result")
 
 SECTIONS: Mapping[str, Callable[[Backend, str, int], list[Row]]] = {
     "update": lambda backend, name, repeats: update.measure(backend, repeats),
@@ -27,12 +33,44 @@ SECTIONS: Mapping[str, Callable[[Backend, str, int], list[Row]]] = {
 }
 
 
-def measure(section: str, backend: str, repeats: int, threads: int) -> list[Row]:
+def measure_apart(section: str, backend: str, repeats: int, threads: int) -> list[Row]:
     """One of them, on the backend of that name."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
-        return apart.submit(_measure, section, backend, repeats, threads).result()
+    return _apart(_measure, section, backend, repeats, threads)
+
+
+def describe_apart(backend: str, threads: int) -> dict[str, Any]:
+    """What the report says of the machine, and of the backend that `--backend` stands for."""
+    return _apart(_describe, backend, threads)
+
+
+def _apart(run: Callable[..., Result], *given: Any) -> Result:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(run, *given).result()
 
 
 def _measure(section: str, backend: str, repeats: int, threads: int) -> list[Row]:
     torch.set_num_threads(threads)
     return SECTIONS[section](choose(backend), backend, repeats)
+
+
+def _describe(name: str, threads: int) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    found = resolve(name)
+    backend = found.backend
+    assert backend is not None
+    return {
+        "backend": found.name,
+        "device": backend.device,
+        "threads": threads,
+        "attention in groups": "in parts" if backend.partial_attention else "under a mask",
+        "environment": describe(backend) | _peers(),
+    }
+
+
+def _peers() -> dict[str, str]:
+    """The versions of those that are installed."""
+    found = {}
+    for name in ("trl", "liger-kernel"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
