@@ -277,7 +277,7 @@ def test_steps_that_are_not_finite_end_the_run_with_a_diagnosis(
     assert list((tmp_path / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_signal_ends_a_run_with_a_checkpoint_to_resume_from(
     sign: signal.Signals, tiny_folder: Path, tmp_path: Path
 ) -> None:
