@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from cppo.attention import usable
-from cppo.attention.merged import partial_or_none
+from cppo.attention.pieces import Segments
+from cppo.attention.trial import where_right
 from cppo.device import Backend, Memory, PartialAttention, Unavailable
 
 PROC = Path("/proc")
@@ -47,28 +48,68 @@ def probe() -> Backend:
 
 
 # These are what scaled_dot_product_attention runs here, whose forward gives the log-sum-exp too.
+# They know of no segments, so that each is a call of its own.
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    queries: Segments,
+    keys: Segments,
+    causal: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    attended, logsumexp = flash(query, key, value, 0.0, causal, scale=scale)
+    if len(queries.places) == 1:
+        attended, logsumexp = flash(query, key, value, 0.0, causal, scale=scale)
+        return attended, logsumexp
+    wide = torch.promote_types(query.dtype, torch.float32)
+    attended = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
+    attended = attended.transpose(1, 2)
+    logsumexp = query.new_empty(query.shape[:3], dtype=wide)
+    for own, other in zip(queries.places, keys.places, strict=True):
+        attended[:, :, own], logsumexp[:, :, own] = flash(
+            *(query[:, :, own], key[:, :, other], value[:, :, other], 0.0, causal), scale=scale
+        )
     return attended, logsumexp
 
 
-def _go_back(*given: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _go_back(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attended: Tensor,
+    logsumexp: Tensor,
+    *,
+    queries: Segments,
+    keys: Segments,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    of_query, of_key, of_value = flash(*given, 0.0, causal, scale=scale)
+    of_query, of_key, of_value = map(torch.empty_like, (query, key, value))
+    for own, other in zip(queries.places, keys.places, strict=True):
+        of_query[:, :, own], of_key[:, :, other], of_value[:, :, other] = flash(
+            *(gradient[:, :, own], query[:, :, own], key[:, :, other], value[:, :, other]),
+            *(attended[:, :, own], logsumexp[:, :, own], 0.0, causal),
+            scale=scale,
+        )
     return of_query, of_key, of_value
 
 
-PARTIAL_ATTENTION = PartialAttention(forward=_attend, backward=_go_back)
+PARTIAL_ATTENTION = PartialAttention(
+    forward=_attend,
+    backward=_go_back,
+    precision=(torch.float64, torch.float32, torch.bfloat16),
+)
 
 
 def _partial_attention(precision: Sequence[torch.dtype]) -> PartialAttention | None:
     if torch.get_num_threads() > THREADS:
         log.info("attention in groups is under a mask: more than %d threads share it out", THREADS)
         return None
-    return partial_or_none(PARTIAL_ATTENTION, "cpu", precision)
+    return where_right(PARTIAL_ATTENTION, "cpu", precision)
 
 
 def _has_bfloat16() -> bool:

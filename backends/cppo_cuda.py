@@ -14,9 +14,20 @@ import os
 
 import torch
 from cppo_triton import Tiling, token_statistics_for
+from torch import Tensor
+from torch.nn.functional import pad
 
 from cppo.attention import installed_flash_attention, usable
-from cppo.device import Backend, Unavailable, accelerator_memory, claim_device, first_line
+from cppo.attention.pieces import Segments
+from cppo.attention.trial import where_faster, where_right
+from cppo.device import (
+    Backend,
+    PartialAttention,
+    Unavailable,
+    accelerator_memory,
+    claim_device,
+    first_line,
+)
 
 # The first takes up to 209 KiB of shared memory, as data-centre GPUs have it, the second 97 KiB.
 TILINGS = (
@@ -47,7 +58,71 @@ def probe() -> Backend:
         collectives="nccl",
         memory=accelerator_memory("cuda"),
         token_statistics=token_statistics_for("cuda", precision, TILINGS),
+        partial_attention=where_faster(
+            where_right(PARTIAL_ATTENTION, "cuda", precision if real_bfloat16 else ()), "cuda"
+        ),
     )
+
+
+# Variable-length flash attention as `torch.nn.attention.varlen` runs it, whose own backward pass
+# takes no other log-sum-exp than its forward pass has made.
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    queries: Segments,
+    keys: Segments,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    attended, logsumexp, *_ = torch.ops.aten._flash_attention_forward(
+        *map(_end_to_end, (query, key, value)),
+        *(queries.ends, keys.ends, max(queries.lengths), max(keys.lengths)),
+        *(0.0, causal, False),
+        scale=scale,
+    )
+    return _by_heads(attended, query), logsumexp[None]
+
+
+def _go_back(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attended: Tensor,
+    logsumexp: Tensor,
+    *,
+    queries: Segments,
+    keys: Segments,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    of_nothing = torch.empty(2, dtype=torch.uint64, device=query.device)  # dropout's random state
+    of_query, of_key, of_value = torch.ops.aten._flash_attention_backward(
+        *map(_end_to_end, (gradient, query, key, value, attended)),
+        logsumexp[0].contiguous(),  # it takes a pointer, and asks for no strides
+        *(queries.ends, keys.ends, max(queries.lengths), max(keys.lengths)),
+        *(0.0, causal, of_nothing, of_nothing),
+        scale=scale,
+    )
+    return _by_heads(of_query, query), _by_heads(of_key, key), _by_heads(of_value, value)
+
+
+def _end_to_end(tensor: Tensor) -> Tensor:
+    """(1, H, L, D) to (L, H, D), D filled up to a multiple of 8."""
+    sequence = tensor[0].transpose(0, 1)
+    return pad(sequence, (0, -sequence.shape[-1] % 8)) if sequence.shape[-1] % 8 else sequence
+
+
+def _by_heads(sequence: Tensor, like: Tensor) -> Tensor:
+    """(L, H, D filled up) to (1, H, L, D)."""
+    return sequence[..., : like.shape[-1]].transpose(0, 1)[None]
+
+
+PARTIAL_ATTENTION = PartialAttention(
+    forward=_attend, backward=_go_back, precision=(torch.bfloat16, torch.float16)
+)
 
 
 def _check_build() -> None:

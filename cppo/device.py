@@ -50,18 +50,24 @@ class Memory:
 class PartialAttention:
     """Attention that tells its log-sum-exp, by which attention to parts of the keys can be merged.
 
+    Queries are of N segments that lie end to end, and so are keys: the n-th of the queries attends
+    to the n-th of the keys, and to no other; `queries` and `keys` tell their lengths
+    (`cppo.attention.pieces.Segments`). `causal` where they are the same segments.
+
     Shapes: query (1, H, Q, D), key and value (1, h, K, D), H a multiple of h; attended
     (1, H, Q, D), logsumexp (1, H, Q), of the scaled scores, in nats, float32 or wider. Tensors may
-    be strided in all dimensions but the last. `causal` where queries and keys are of the same
-    positions.
+    be strided in all dimensions but the last.
     """
 
     forward: Callable[..., tuple[Tensor, Tensor]]
-    """(query, key, value, *, causal, scale) to attended and logsumexp."""
+    """(query, key, value, *, queries, keys, causal, scale) to attended and logsumexp, which are
+    the caller's to change."""
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    """(gradient of attended, query, key, value, attended, logsumexp, *, causal, scale) to the
-    gradients of query, key and value. `attended` and `logsumexp` may be those of more keys: then
-    the gradients are these keys' share."""
+    """(gradient of attended, query, key, value, attended, logsumexp, *, queries, keys, causal,
+    scale) to the gradients of query, key and value, which are the caller's to change. `attended`
+    and `logsumexp` may be those of more keys: then the gradients are these keys' share."""
+    precision: tuple[torch.dtype, ...]
+    """What it takes."""
 
 
 def _default_token_statistics() -> Callable[..., tuple[Tensor, Tensor]]:
@@ -90,8 +96,8 @@ class Backend:
     )
     """The hot kernel, as `cppo.statistics.token_statistics`; a vendor may bring a faster one."""
     partial_attention: PartialAttention | None = None
-    """With it the group layout is attended to in parts, without padding, unless attention is to be
-    eager; else under a mask. It takes every precision that the backend offers."""
+    """With it the group layout is attended to in parts, without padding, in the precisions that it
+    takes, unless attention is to be eager; else under a mask."""
 
 
 @dataclass(frozen=True, kw_only=True)

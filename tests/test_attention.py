@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import cppo_cpu
+import cppo_cuda
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from cppo.attention import kernels as attention
-from cppo.attention.merged import partial_or_none
+from cppo.attention import trial
+from cppo.attention.groups import Layout
+from cppo.attention.pieces import Segments
+from cppo.attention.trial import where_faster, where_right
 from cppo.device import Unavailable, choose
 
 Attend = Callable[..., Tensor]
@@ -106,7 +112,8 @@ def test_partial_attention_is_offered_where_a_trial_agrees_with_attention_writte
     caplog: pytest.LogCaptureFixture, dtype: torch.dtype
 ) -> None:
     part = cppo_cpu.PARTIAL_ATTENTION  # a failure here: what it stands on has changed in PyTorch
-    assert partial_or_none(part, "cpu", (torch.float32, torch.bfloat16)) is part
+    assert where_right(part, "cpu", part.precision) == part
+    assert where_right(part, "cpu", (dtype, torch.float16)) == replace(part, precision=(dtype,))
 
     def in_bits(*given: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         attended, logsumexp = part.forward(*given, **options)
@@ -129,7 +136,7 @@ def test_partial_attention_is_offered_where_a_trial_agrees_with_attention_writte
         (replace(part, forward=gone), "AttributeError: no such operator"),
     ):
         caplog.clear()
-        assert partial_or_none(broken, "cpu", (dtype,)) is None
+        assert where_right(broken, "cpu", (dtype,)) is None
         [message] = caplog.messages
         said = f"attention in parts fails a trial on cpu in {dtype}, and is not used: "
         assert message.startswith(said + reason)
@@ -142,6 +149,136 @@ def test_the_cpu_attends_in_parts_where_that_is_measured_to_be_faster(
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert (choose("cpu").partial_attention is not None) == offered
+
+
+def test_attention_in_parts_is_taken_in_the_precisions_in_which_it_is_faster(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def seconds(layouts: Any, dtype: torch.dtype) -> list[float]:
+        under_mask, in_parts = layouts
+        assert (under_mask.part, in_parts.part) == (None, part)
+        return [0.002, 0.001 if dtype == torch.float32 else 0.003]
+
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(trial, "_seconds", seconds)
+    part = replace(cppo_cpu.PARTIAL_ATTENTION, precision=(torch.float32, torch.bfloat16))
+    found = where_faster(part, "cpu")
+    assert found == replace(part, precision=(torch.float32,))
+    assert where_faster(replace(part, precision=(torch.bfloat16,)), "cpu") is None
+    assert "in torch.float32: 1.00 ms in parts, 2.00 ms under a mask" in caplog.text
+    assert "in torch.bfloat16: 3.00 ms in parts, 2.00 ms under a mask" in caplog.text
+
+
+def test_attention_in_parts_that_is_slow_or_breaks_is_not_taken(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It is really timed."""
+    part = cppo_cpu.PARTIAL_ATTENTION
+    calls = []
+
+    def slow(*given: Tensor, **options: Any) -> Any:
+        calls.append(time.sleep(0.2))
+        return part.forward(*given, **options)
+
+    def broken(*given: Tensor, **options: Any) -> Any:
+        raise RuntimeError("out of memory\nand a stack that nobody reads")
+
+    small: dict[str, Any] = {"prompt": 9, "responses": (5, 7)}
+    once = replace(part, precision=(torch.float32,))
+    assert where_faster(replace(once, forward=slow), "cpu", **small) is None
+    assert len(calls) == 2 * (
+        1 + trial.ROUNDS
+    )  # prompts and responses by themselves, to the prompt
+    assert not caplog.messages
+    assert where_faster(replace(once, backward=broken), "cpu", **small) is None
+    [message] = caplog.messages
+    said = "attention in parts cannot be timed on cpu in torch.float32: RuntimeError: out of memory"
+    assert message == said
+    assert where_faster(None, "cpu") is None
+
+
+@pytest.fixture
+def fake_flash_operators() -> Iterator[None]:
+    """What stands in, on the CPU, for the operators behind `torch.nn.attention.varlen`: the CPU's
+    own, asking of what they are given what those ask (PyTorch's flash_api.cpp)."""
+    real = cppo_cpu.PARTIAL_ATTENTION
+
+    def segments(ends: Tensor, longest: int) -> Segments:
+        assert (ends.dtype, ends[0], ends.is_contiguous()) == (torch.int32, 0, True)
+        found = Segments(lengths=ends.diff().tolist(), device="cpu")
+        assert max(found.lengths) == longest
+        return found
+
+    def by_heads(sequence: Tensor) -> Tensor:
+        assert (sequence.dim(), sequence.stride(-1), sequence.shape[-1] % 8) == (3, 1, 0)
+        return sequence.transpose(0, 1)[None]
+
+    def told(given: Sequence[Any]) -> dict[str, Any]:
+        of_queries, of_keys, most_queries, most_keys, dropout, causal, *_ = given
+        assert dropout == 0.0
+        return {
+            "queries": segments(of_queries, most_queries),
+            "keys": segments(of_keys, most_keys),
+            "causal": causal,
+        }
+
+    def forward(*given: Any, scale: float) -> tuple[Tensor, ...]:
+        inputs = map(by_heads, given[:3])
+        attended, logsumexp = real.forward(*inputs, **told(given[3:]), scale=scale)
+        unused = (logsumexp.new_empty(0) for _ in range(3))
+        return attended[0].transpose(0, 1), logsumexp[0].contiguous(), *unused
+
+    def backward(*given: Any, scale: float) -> tuple[Tensor, ...]:
+        tensors, logsumexp = map(by_heads, given[:5]), given[5]
+        assert logsumexp.is_contiguous()
+        found = real.backward(*tensors, logsumexp[None], **told(given[6:]), scale=scale)
+        return tuple(gradient[0].transpose(0, 1) for gradient in found)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_flash_attention_forward", forward, "CPU")
+    library.impl("_flash_attention_backward", backward, "CPU")
+    yield
+    library._destroy()
+
+
+@pytest.mark.parametrize("size", [64, 12])  # of a head: what is no multiple of 8 is filled up
+def test_flash_attention_in_parts_is_attention_under_a_mask_by_fake_operators(
+    fake_flash_operators: None, size: int
+) -> None:
+    part = replace(cppo_cuda.PARTIAL_ATTENTION, precision=(torch.float64,))
+    assert where_right(part, "cpu", (torch.float64,)) == part
+    masked = Layout(prompts=(9, 5), responses=((5, 1, 7), (1,)))
+    torch.manual_seed(0)
+    inputs = [
+        torch.randn(1, 28, heads, size, dtype=torch.float64).transpose(1, 2).requires_grad_()
+        for heads in (4, 2, 2)
+    ]
+    upstream = torch.randn(1, 28, 4, size, dtype=torch.float64)
+
+    def differentiate(layout: Layout) -> tuple[Tensor, ...]:
+        attended = layout.attend(*inputs, layer=0, scale=0.3, kernel=scaled_dot_product_attention)
+        return attended, *torch.autograd.grad(attended, inputs, upstream)
+
+    for found, true in zip(
+        differentiate(replace(masked, part=part)), differentiate(masked), strict=True
+    ):
+        torch.testing.assert_close(found, true, atol=1e-12, rtol=1e-12)
+
+
+def test_flash_attention_in_parts_gives_and_takes_the_shapes_that_pytorch_says() -> None:
+    """By PyTorch's own record of its operators, which computes nothing."""
+    part = cppo_cuda.PARTIAL_ATTENTION
+    layout = Layout(prompts=(9, 5), responses=((5, 1, 7), (1,)), device="meta", part=part)
+    inputs = [
+        torch.empty(1, 28, heads, 64, device="meta", dtype=torch.bfloat16)
+        .transpose(1, 2)
+        .requires_grad_()
+        for heads in (4, 2, 2)
+    ]
+    attended = layout.attend(*inputs, layer=0, scale=0.3, kernel=scaled_dot_product_attention)
+    assert (attended.shape, attended.dtype) == ((1, 28, 4, 64), torch.bfloat16)
+    for gradient, given in zip(torch.autograd.grad(attended.sum(), inputs), inputs, strict=True):
+        assert (gradient.shape, gradient.dtype) == (given.shape, given.dtype)
 
 
 def test_pytorchs_own_attention_is_all_there_is_without_transformers(

@@ -516,6 +516,8 @@ def fake_pytorch(
         monkeypatch.setattr(module, "token_statistics_for", lambda *given: given)
     for module in (cppo_cuda, cppo_rocm):
         monkeypatch.setattr(module, "installed_flash_attention", lambda: ("flash_attention_2",))
+    monkeypatch.setattr(cppo_cuda, "where_right", lambda *given: given)
+    monkeypatch.setattr(cppo_cuda, "where_faster", lambda *given: given)
     return claim
 
 

@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from cppo.attention import eager_attention
 from cppo.attention.groups import Layout
+from cppo.attention.pieces import Segments
 from cppo.device import choose
 from cppo.policy import Policy, Row, Scorer, load
 from cppo.policy.padded import pad_rows
@@ -211,21 +212,30 @@ def test_a_prompt_passes_the_language_model_once_a_view(folder: Path, attention:
 
 
 def test_scores_are_made_in_parts_unless_attention_is_to_be_eager(folder: Path) -> None:
-    """The prompt to itself, two responses each to itself, both to the prompt."""
+    """The prompt and two responses each to itself, then both responses to the prompt; in a
+    precision that the parts do not take, under a mask."""
     calls = []
 
-    def counted(*given: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        calls.append(1)
-        return PART.forward(*given, **options)
+    def told(*given: Tensor, queries: Segments, keys: Segments, **options: Any) -> Any:
+        calls.append((tuple(queries.lengths), tuple(keys.lengths), options["causal"]))
+        return PART.forward(*given, queries=queries, keys=keys, **options)
 
-    backend = replace(IN_PARTS, partial_attention=replace(PART, forward=counted))
-    for attention, each_layer in (("sdpa", 1 + 2 + 1), ("eager", 0)):
+    part = replace(PART, forward=told)
+    for attention, precision, used in (
+        ("sdpa", PART.precision, True),
+        ("sdpa", (torch.bfloat16,), False),
+        ("eager", PART.precision, False),
+    ):
         policy = load(str(folder), dtype=torch.float32, attention=attention)
         prompt = make_prompt(policy, ITEMS[0])
         rows = [Row(prompt=prompt, response=random_response(policy, n, seed=n)) for n in (3, 5)]
+        backend = replace(IN_PARTS, partial_attention=replace(part, precision=precision))
         calls.clear()
         Scorer(policy, backend, temperature=1.0)(rows)
-        assert len(calls) == each_layer * len(policy.language.layers)
+        length = len(prompt.ids)
+        own = (length, 3, 5)
+        each_layer = [(own, own, True), ((8,), (length,), False)]
+        assert calls == each_layer * used * len(policy.language.layers)
 
 
 def test_a_gradient_that_is_one_number_for_all_goes_back_like_any_other() -> None:

@@ -8,6 +8,7 @@ import torch
 from floor import least_operations
 from measure import Row, compare, peak_bytes, peak_operations
 from subjects import Ours, Trl
+from update import in_parts
 from workload import THREE_BILLION, Size, make_workload
 
 from cppo.device import Backend
@@ -48,6 +49,7 @@ def measure(
     if not timed:
         return []
     del ours  # its optimizer holds weights too
+    attention = in_parts(work, backend, what, repeats)
     held = 2 * sum(p.numel() * p.element_size() for p in work.policy.model.parameters())
     work.policy.model.zero_grad()
     place(work.policy.model, "meta")  # to leave the peer by itself
@@ -91,4 +93,5 @@ def measure(
             peer_values=[(peer_peak - held) / 2**30],
             unit="GiB",
         ),
+        *attention,
     ]

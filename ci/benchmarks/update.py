@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from measure import Row, compare
 from subjects import Naive, Ours, Trl
-from workload import SMALL, Size, make_workload
+from workload import SMALL, Size, Workload, make_workload
 
 from cppo.device import Backend
 
@@ -41,7 +41,10 @@ def measure(backend: Backend, repeats: int) -> list[Row]:
         what = f"update, {shape}"
         rows += one(backend, what, images, responses, repeats, trl=trl, naive=naive)
     rows += _cut(backend, repeats)
-    return rows + (_under_a_mask(backend, repeats) if backend.partial_attention else [])
+    for shape, images, responses in shapes():
+        work = make_workload(backend, size=SMALL, image_tokens=images, response_tokens=responses)
+        rows += in_parts(work, backend, f"update of {shape}", repeats)
+    return rows
 
 
 def _cut(backend: Backend, repeats: int) -> list[Row]:
@@ -54,18 +57,17 @@ def _cut(backend: Backend, repeats: int) -> list[Row]:
     return compare(what, subjects, peer="TRL's GRPO, one view", repeats=repeats)
 
 
-def _under_a_mask(backend: Backend, repeats: int) -> list[Row]:
-    """What attention in parts saves: without it, as on most devices, there is a mask."""
-    rows, name = [], "cppo, attention under a mask"
-    masked = replace(backend, partial_attention=None)
-    for shape, images, responses in shapes():
-        work = make_workload(backend, size=SMALL, image_tokens=images, response_tokens=responses)
-        subjects = {
-            "cppo, attention in parts": Ours(work, backend).update,
-            name: Ours(work, masked).update,
-        }
-        rows += compare(f"attention, update of {shape}", subjects, peer=name, repeats=repeats)
-    return rows
+def in_parts(work: Workload, backend: Backend, what: str, repeats: int) -> list[Row]:
+    """What attention in parts saves, where the backend has it in the work's precision: without it
+    there is a mask."""
+    part, name = backend.partial_attention, "cppo, attention under a mask"
+    if part is None or work.policy.precision not in part.precision:
+        return []
+    subjects = {
+        "cppo, attention in parts": Ours(work, backend).update,
+        name: Ours(work, replace(backend, partial_attention=None)).update,
+    }
+    return compare(f"attention, {what}", subjects, peer=name, repeats=repeats)
 
 
 def one(

@@ -12,7 +12,6 @@ h), D of a head.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from cppo.attention.kernels import Kernel, eager_attention
 from cppo.attention.masked import PaddedRows, attend_masked
-from cppo.attention.merged import Places, attend_merged
+from cppo.attention.merged import Parts, attend_merged
 from cppo.device import PartialAttention
 
 
@@ -46,17 +45,13 @@ class Layout:
     device: torch.device | str = "cpu"
     part: PartialAttention | None = None  # that stands for the kernel; without, there is a mask
 
-    @cached_property
-    def places(self) -> list[Places]:
+    def __post_init__(self) -> None:
         assert all(self.prompts), "no prompt is empty"
         assert all(lengths and all(lengths) for lengths in self.responses), "no response is empty"
-        ends = [0, *itertools.accumulate((*self.prompts, *itertools.chain(*self.responses)))]
-        pieces = itertools.starmap(slice, itertools.pairwise(ends))
-        prompts = list(itertools.islice(pieces, len(self.prompts)))
-        return [
-            Places(prompt=prompt, responses=tuple(itertools.islice(pieces, len(lengths))))
-            for prompt, lengths in zip(prompts, self.responses, strict=True)
-        ]
+
+    @cached_property
+    def parts(self) -> Parts:
+        return Parts.of(self.prompts, self.responses, self.device)
 
     @cached_property
     def rows(self) -> PaddedRows:
@@ -68,7 +63,7 @@ class Layout:
         """Every layer alike."""
         if self.part is None:
             return attend_masked(query, key, value, self.rows, scale=scale, kernel=kernel)
-        return attend_merged(query, key, value, self.places, scale=scale, part=self.part)
+        return attend_merged(query, key, value, self.parts, scale=scale, part=self.part)
 
 
 def register(attention: str) -> str:

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Segments:
+    """N pieces of these lengths that lie end to end, as attention is told of them."""
+
+    lengths: Sequence[int]
+    device: torch.device | str
+
+    @cached_property
+    def places(self) -> list[slice]:
+        """Where each of them lies."""
+        ends = itertools.accumulate(self.lengths, initial=0)
+        return [*itertools.starmap(slice, itertools.pairwise(ends))]
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """(N + 1,) int32 on the device: 0, and where each of them ends."""
+        ends = [*itertools.accumulate(self.lengths, initial=0)]
+        return torch.tensor(ends, dtype=torch.int32, device=self.device)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -46,7 +46,7 @@ def examine(given: Examination) -> Iterator[Finding]:
         if "sdpa" in given.backend.attention:
             yield from _kernels(case, given.device)
         masked = Layout(prompts=PROMPTS, responses=RESPONSES, device=given.device)
-        if part := given.backend.partial_attention:
+        if (part := given.backend.partial_attention) and dtype in part.precision:
             yield from _in_groups("merged attention", replace(masked, part=part), dtype)
         yield from _in_groups("sdpa", masked, dtype)
         yield from _in_groups("eager", masked, dtype, eager_attention)

@@ -34,8 +34,10 @@ class Scorer(nn.Module):
         self._policy = policy
         self._backend = backend
         self._temperature = temperature
+        part = backend.partial_attention
         # Who asks for eager attention gets it here too.
-        part = backend.partial_attention if policy.attention != "eager" else None
+        if policy.attention == "eager" or (part and policy.precision not in part.precision):
+            part = None
         self._arrange = partial(pack, part=part) if policy.packs else pad_rows
 
     def forward(
