@@ -13,7 +13,7 @@ from cppo.config import RolloutConfig
 from cppo.data import Feed, Item
 from cppo.methods import GRPO
 from cppo.perturb import view_seed
-from cppo.policy import Policy, Prompt, encode_item, encode_view
+from cppo.policy import Policy, Processed, Prompt, encode_item, encode_view
 from cppo.reward import SECOND_LOOKS, Grader, Reward
 from cppo.rollout import Response, Sampling, generate
 from cppo.samples import Sample
@@ -41,23 +41,29 @@ class Group:
 
 
 class Encoder:
-    """Encodes items as the feed checks them, and keeps the prompts until they are taken."""
+    """Encodes items as the feed checks them, and keeps the prompts until they are taken. Those
+    that are taken together share what is equal of their images."""
 
     def __init__(self, policy: Policy, *, instruction: str | None, max_tokens: int) -> None:
         self._policy, self._max_tokens = policy, max_tokens
         self._instruction = policy.instruction if instruction is None else instruction
         self._prompts: dict[str, Prompt] = {}
+        self._processed: Processed = {}
 
     def check(self, item: Item) -> None:
         """Raises BadRow where the item makes no prompt."""
         self._prompts[item.row] = encode_item(
-            self._policy, item, instruction=self._instruction, max_tokens=self._max_tokens
+            self._policy,
+            item,
+            instruction=self._instruction,
+            max_tokens=self._max_tokens,
+            processed=self._processed,
         )
 
     def take(self, items: Sequence[Item]) -> list[Prompt]:
         """The prompts of items that were checked; all that is kept is let go."""
         prompts = [self._prompts[item.row] for item in items]
-        self._prompts = {}
+        self._prompts, self._processed = {}, {}
         return prompts
 
 

@@ -489,6 +489,50 @@ def test_the_encoder_lets_go_of_prompts_once_they_are_taken(
         encoder.take(items)
 
 
+def test_equal_images_of_prompts_taken_together_are_processed_and_seen_once(
+    policy: Policy, puzzles: ShapesTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all rows, in the order of their questions; taken apart, they share nothing."""
+    processed, seen = [], []
+    process, encode = policy.family.pixels, policy.family.encode
+
+    def counted(images: Sequence[Any]) -> Any:
+        processed.append(len(images))
+        return process(images)
+
+    def encoded(model: Any, pixels: Any, grids: Any) -> Any:
+        seen.append(len(grids))
+        return encode(model, pixels, grids)
+
+    monkeypatch.setattr(policy.family, "pixels", counted)
+    monkeypatch.setattr(policy.family, "encode", encoded)
+    one, other = puzzles.read(0), puzzles.read(1)
+    again = replace(one, row="again", question=other.question, images=(one.images[0].copy(),))
+    turned = replace(one, row="turned", images=(one.images[0].rotate(90),))
+    encoder = Encoder(policy, instruction="", max_tokens=999)
+
+    def take(*items: Item) -> list[Any]:
+        for item in items:
+            encoder.check(item)
+        return encoder.take(items)
+
+    prompts = take(one, other, again, turned)
+    assert processed == [1, 1, 1]
+    assert prompts[2].pixels is prompts[0].pixels
+    pixels = {id(prompt.pixels) for prompt in prompts}
+    assert len(pixels) == 3
+    alone = take(again)[0]
+    assert torch.equal(alone.pixels, prompts[0].pixels)
+    assert alone.pixels is not prompts[0].pixels
+
+    rows = [Row(prompt=prompt, response=torch.tensor([5, 6, 7])) for prompt in prompts]
+    scores = Scorer(policy, choose("cpu"), temperature=1.0)(rows)
+    assert seen == [3]
+    row = Row(prompt=alone, response=rows[2].response)
+    true = Scorer(policy, choose("cpu"), temperature=1.0)([row])
+    torch.testing.assert_close(scores.logprobs[2], true.logprobs[0], atol=1e-5, rtol=0)
+
+
 def test_without_an_instruction_of_ones_own_the_models_is_taken(
     tiny_folder: Path, tmp_path: Path, puzzles: ShapesTask
 ) -> None:
