@@ -6,8 +6,9 @@ short response, and rows of different lengths.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -45,11 +46,7 @@ def examine(given: Examination) -> Iterator[Finding]:
             yield from case.compare(name, name, given.device)
         if "sdpa" in given.backend.attention:
             yield from _kernels(case, given.device)
-        masked = Layout(prompts=PROMPTS, responses=RESPONSES, device=given.device)
-        if (part := given.backend.partial_attention) and dtype in part.precision:
-            yield from _in_groups("merged attention", replace(masked, part=part), dtype)
-        yield from _in_groups("sdpa", masked, dtype)
-        yield from _in_groups("eager", masked, dtype, eager_attention)
+        yield from _in_groups(given, dtype)
 
 
 def _kernels(case: _Case, device: torch.device) -> Iterator[Finding]:
@@ -72,27 +69,39 @@ def _kernels(case: _Case, device: torch.device) -> Iterator[Finding]:
                 yield holds(what, False, first_line(error))
 
 
-def _in_groups(
-    name: str, layout: Layout, dtype: torch.dtype, kernel: Kernel = scaled_dot_product_attention
-) -> Iterator[Finding]:
-    """The group layout: two prompts with their responses in one packed sequence."""
+def _in_groups(given: Examination, dtype: torch.dtype) -> Iterator[Finding]:
+    """The group layout: two prompts with their responses in one packed sequence, attended to in
+    each way there is."""
     generator = torch.Generator().manual_seed(0)
     length = sum(PROMPTS) + sum(map(sum, RESPONSES))
-    query, key, value = (
+    inputs = [
         torch.randn(1, heads, length, HEAD_SIZE, generator=generator).to(dtype)
         for heads in (HEADS, KEY_HEADS, KEY_HEADS)
-    )
+    ]
     upstream = torch.randn(1, length, HEADS, HEAD_SIZE, generator=generator).to(dtype)
-    q, k, v = (x.to(layout.device, copy=True).requires_grad_() for x in (query, key, value))
-    attended = layout.attend(q, k, v, layer=0, scale=HEAD_SIZE**-0.5, kernel=kernel)
-    gradients = torch.autograd.grad(attended, (q, k, v), upstream.to(layout.device))
-    q, k, v = (x.double().requires_grad_() for x in (query, key, value))
-    truth = _exact_in_groups(q, k, v)
-    true_gradients = torch.autograd.grad(truth, (q, k, v), upstream.double())
-    what, limit = f"{name} in groups {short(dtype)}", LIMITS[dtype]
-    yield at_most(f"{what}, forward", relative_error(attended, truth), limit)
-    worst = max(map(relative_error, gradients, true_gradients))
-    yield at_most(f"{what}, gradient", worst, limit)
+
+    def differentiate(
+        attend: Callable[..., Tensor], device: torch.device | str, wide: torch.dtype
+    ) -> tuple[Tensor, ...]:
+        leaves = [x.to(device, wide, copy=True).requires_grad_() for x in inputs]
+        attended = attend(*leaves)
+        return attended, *torch.autograd.grad(attended, leaves, upstream.to(device, wide))
+
+    masked = Layout(prompts=PROMPTS, responses=RESPONSES, device=given.device)
+    ways: dict[str, tuple[Layout, Kernel]] = {
+        "sdpa": (masked, scaled_dot_product_attention),
+        "eager": (masked, eager_attention),
+    }
+    if (part := given.backend.partial_attention) and dtype in part.precision:
+        ways["merged attention"] = (replace(masked, part=part), scaled_dot_product_attention)
+    truth, *true_gradients = differentiate(_exact_in_groups, "cpu", torch.float64)
+    for name, (layout, kernel) in ways.items():
+        attend = partial(layout.attend, layer=0, scale=HEAD_SIZE**-0.5, kernel=kernel)
+        attended, *gradients = differentiate(attend, given.device, dtype)
+        what, limit = f"{name} in groups {short(dtype)}", LIMITS[dtype]
+        yield at_most(f"{what}, forward", relative_error(attended, truth), limit)
+        worst = max(map(relative_error, gradients, true_gradients))
+        yield at_most(f"{what}, gradient", worst, limit)
 
 
 def _exact_in_groups(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
