@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from cppo.attention import usable
+from cppo.attention.choice import verified
 from cppo.attention.pieces import Segments
-from cppo.attention.trial import where_right
 from cppo.device import Backend, Memory, PartialAttention, Unavailable
 
 PROC = Path("/proc")
@@ -88,6 +88,11 @@ def _go_back(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    if len(queries.places) == 1:
+        of_query, of_key, of_value = flash(
+            *(gradient, query, key, value, attended, logsumexp, 0.0, causal), scale=scale
+        )
+        return of_query, of_key, of_value
     of_query, of_key, of_value = map(torch.empty_like, (query, key, value))
     for own, other in zip(queries.places, keys.places, strict=True):
         of_query[:, :, own], of_key[:, :, other], of_value[:, :, other] = flash(
@@ -109,7 +114,7 @@ def _partial_attention(precision: Sequence[torch.dtype]) -> PartialAttention | N
     if torch.get_num_threads() > THREADS:
         log.info("attention in groups is under a mask: more than %d threads share it out", THREADS)
         return None
-    return where_right(PARTIAL_ATTENTION, "cpu", precision)
+    return verified(PARTIAL_ATTENTION, "cpu", precision)
 
 
 def _has_bfloat16() -> bool:

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from cppo.attention import installed_flash_attention, usable
+from cppo.attention.choice import faster, verified
 from cppo.attention.pieces import Segments
-from cppo.attention.trial import where_faster, where_right
 from cppo.device import (
     Backend,
     PartialAttention,
@@ -58,8 +58,8 @@ def probe() -> Backend:
         collectives="nccl",
         memory=accelerator_memory("cuda"),
         token_statistics=token_statistics_for("cuda", precision, TILINGS),
-        partial_attention=where_faster(
-            where_right(PARTIAL_ATTENTION, "cuda", precision if real_bfloat16 else ()), "cuda"
+        partial_attention=faster(
+            verified(PARTIAL_ATTENTION, "cuda", precision if real_bfloat16 else ()), "cuda"
         ),
     )
 
@@ -78,7 +78,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     attended, logsumexp, *_ = torch.ops.aten._flash_attention_forward(
         *map(_end_to_end, (query, key, value)),
-        *(queries.ends, keys.ends, max(queries.lengths), max(keys.lengths)),
+        *(queries.offsets, keys.offsets, max(queries.lengths), max(keys.lengths)),
         *(0.0, causal, False),
         scale=scale,
     )
@@ -102,7 +102,7 @@ def _go_back(
     of_query, of_key, of_value = torch.ops.aten._flash_attention_backward(
         *map(_end_to_end, (gradient, query, key, value, attended)),
         logsumexp[0].contiguous(),  # it takes a pointer, and asks for no strides
-        *(queries.ends, keys.ends, max(queries.lengths), max(keys.lengths)),
+        *(queries.offsets, keys.offsets, max(queries.lengths), max(keys.lengths)),
         *(0.0, causal, of_nothing, of_nothing),
         scale=scale,
     )

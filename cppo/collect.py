@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from typing import Any
 
 import torch
+from PIL.Image import Image
 
 from cppo.ask_again import ask_again
 from cppo.config import RolloutConfig
 from cppo.data import Feed, Item
 from cppo.methods import GRPO
 from cppo.perturb import view_seed
-from cppo.policy import Policy, Processed, Prompt, encode_item, encode_view
+from cppo.policy import Policy, Prompt, encode_item, encode_view
 from cppo.reward import SECOND_LOOKS, Grader, Reward
 from cppo.rollout import Response, Sampling, generate
 from cppo.samples import Sample
@@ -42,29 +44,36 @@ class Group:
 
 class Encoder:
     """Encodes items as the feed checks them, and keeps the prompts until they are taken. Those
-    that are taken together share what is equal of their images."""
+    with equal images share their pixels."""
 
     def __init__(self, policy: Policy, *, instruction: str | None, max_tokens: int) -> None:
         self._policy, self._max_tokens = policy, max_tokens
         self._instruction = policy.instruction if instruction is None else instruction
         self._prompts: dict[str, Prompt] = {}
-        self._processed: Processed = {}
+        self._by_images: dict[tuple[bytes, ...], Prompt] = {}
 
     def check(self, item: Item) -> None:
         """Raises BadRow where the item makes no prompt."""
-        self._prompts[item.row] = encode_item(
+        images = tuple(map(_digest, item.images))
+        prompt = encode_item(
             self._policy,
             item,
             instruction=self._instruction,
             max_tokens=self._max_tokens,
-            processed=self._processed,
+            like=self._by_images.get(images),
         )
+        self._prompts[item.row] = self._by_images[images] = prompt
 
     def take(self, items: Sequence[Item]) -> list[Prompt]:
         """The prompts of items that were checked; all that is kept is let go."""
         prompts = [self._prompts[item.row] for item in items]
-        self._prompts, self._processed = {}, {}
+        self._prompts, self._by_images = {}, {}
         return prompts
+
+
+def _digest(image: Image) -> bytes:
+    """Of an RGB image, as all items have them."""
+    return blake2b(image.tobytes(), person=b"%dx%d" % image.size).digest()
 
 
 class Collector:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from cppo.attention import choice
 from cppo.attention import kernels as attention
-from cppo.attention import trial
+from cppo.attention.choice import faster, verified
 from cppo.attention.groups import Layout
 from cppo.attention.pieces import Segments
-from cppo.attention.trial import where_faster, where_right
 from cppo.device import Unavailable, choose
 
 Attend = Callable[..., Tensor]
@@ -112,8 +112,8 @@ def test_partial_attention_is_offered_where_a_trial_agrees_with_attention_writte
     caplog: pytest.LogCaptureFixture, dtype: torch.dtype
 ) -> None:
     part = cppo_cpu.PARTIAL_ATTENTION  # a failure here: what it stands on has changed in PyTorch
-    assert where_right(part, "cpu", part.precision) == part
-    assert where_right(part, "cpu", (dtype, torch.float16)) == replace(part, precision=(dtype,))
+    assert verified(part, "cpu", part.precision) == part
+    assert verified(part, "cpu", (dtype, torch.float16)) == replace(part, precision=(dtype,))
 
     def in_bits(*given: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         attended, logsumexp = part.forward(*given, **options)
@@ -136,7 +136,7 @@ def test_partial_attention_is_offered_where_a_trial_agrees_with_attention_writte
         (replace(part, forward=gone), "AttributeError: no such operator"),
     ):
         caplog.clear()
-        assert where_right(broken, "cpu", (dtype,)) is None
+        assert verified(broken, "cpu", (dtype,)) is None
         [message] = caplog.messages
         said = f"attention in parts fails a trial on cpu in {dtype}, and is not used: "
         assert message.startswith(said + reason)
@@ -160,41 +160,47 @@ def test_attention_in_parts_is_taken_in_the_precisions_in_which_it_is_faster(
         return [0.002, 0.001 if dtype == torch.float32 else 0.003]
 
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(trial, "_seconds", seconds)
+    monkeypatch.setattr(choice, "_seconds", seconds)
     part = replace(cppo_cpu.PARTIAL_ATTENTION, precision=(torch.float32, torch.bfloat16))
-    found = where_faster(part, "cpu")
+    found = faster(part, "cpu")
     assert found == replace(part, precision=(torch.float32,))
-    assert where_faster(replace(part, precision=(torch.bfloat16,)), "cpu") is None
+    assert faster(replace(part, precision=(torch.bfloat16,)), "cpu") is None
     assert "in torch.float32: 1.00 ms in parts, 2.00 ms under a mask" in caplog.text
     assert "in torch.bfloat16: 3.00 ms in parts, 2.00 ms under a mask" in caplog.text
 
 
 def test_attention_in_parts_that_is_slow_or_breaks_is_not_taken(
-    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is really timed."""
-    part = cppo_cpu.PARTIAL_ATTENTION
+    monkeypatch.setattr(choice, "PROMPT", 9)
+    monkeypatch.setattr(choice, "RESPONSES", (5, 7))
+    part = replace(cppo_cpu.PARTIAL_ATTENTION, precision=(torch.float32,))
     calls = []
 
     def slow(*given: Tensor, **options: Any) -> Any:
-        calls.append(time.sleep(0.2))
+        calls.append(time.sleep(0.05))
         return part.forward(*given, **options)
 
     def broken(*given: Tensor, **options: Any) -> Any:
         raise RuntimeError("out of memory\nand a stack that nobody reads")
 
-    small: dict[str, Any] = {"prompt": 9, "responses": (5, 7)}
-    once = replace(part, precision=(torch.float32,))
-    assert where_faster(replace(once, forward=slow), "cpu", **small) is None
-    assert len(calls) == 2 * (
-        1 + trial.ROUNDS
-    )  # prompts and responses by themselves, to the prompt
-    assert not caplog.messages
-    assert where_faster(replace(once, backward=broken), "cpu", **small) is None
-    [message] = caplog.messages
+    assert faster(replace(part, forward=slow), "cpu") is None
+    assert len(calls) == 2 * (1 + choice.ROUNDS)  # to themselves, and to the prompt
+    assert faster(replace(part, backward=broken), "cpu") is None
+    [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
     said = "attention in parts cannot be timed on cpu in torch.float32: RuntimeError: out of memory"
-    assert message == said
-    assert where_faster(None, "cpu") is None
+    assert record.getMessage() == said
+    assert faster(None, "cpu") is None
+
+
+def test_what_is_to_be_deterministic_does_not_hang_on_time(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert faster(cppo_cpu.PARTIAL_ATTENTION, "cpu") is None
+    assert "under a mask: timing is not deterministic" in caplog.text
 
 
 @pytest.fixture
@@ -203,9 +209,9 @@ def fake_flash_operators() -> Iterator[None]:
     own, asking of what they are given what those ask (PyTorch's flash_api.cpp)."""
     real = cppo_cpu.PARTIAL_ATTENTION
 
-    def segments(ends: Tensor, longest: int) -> Segments:
-        assert (ends.dtype, ends[0], ends.is_contiguous()) == (torch.int32, 0, True)
-        found = Segments(lengths=ends.diff().tolist(), device="cpu")
+    def segments(offsets: Tensor, longest: int) -> Segments:
+        assert (offsets.dtype, offsets[0], offsets.is_contiguous()) == (torch.int32, 0, True)
+        found = Segments(lengths=offsets.diff().tolist(), device="cpu")
         assert max(found.lengths) == longest
         return found
 
@@ -246,7 +252,7 @@ def test_flash_attention_in_parts_is_attention_under_a_mask_by_fake_operators(
     fake_flash_operators: None, size: int
 ) -> None:
     part = replace(cppo_cuda.PARTIAL_ATTENTION, precision=(torch.float64,))
-    assert where_right(part, "cpu", (torch.float64,)) == part
+    assert verified(part, "cpu", (torch.float64,)) == part
     masked = Layout(prompts=(9, 5), responses=((5, 1, 7), (1,)))
     torch.manual_seed(0)
     inputs = [

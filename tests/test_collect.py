@@ -3,8 +3,10 @@
 Everything is real: a small policy samples, worker processes grade.
 """
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from threads import FakeGather, side_by_side
 
 from cppo.builtin import ShapesTask
 from cppo.collect import Collector, Encoder, Group
 from cppo.config import RolloutConfig
-from cppo.data import Feed, Item, SkipLedger
+from cppo.data import BadRow, Feed, Item, SkipLedger
 from cppo.device import choose
 from cppo.evaluation.run import Questions, evaluate
 from cppo.methods import GRPO, build
@@ -492,7 +495,6 @@ def test_the_encoder_lets_go_of_prompts_once_they_are_taken(
 def test_equal_images_of_prompts_taken_together_are_processed_and_seen_once(
     policy: Policy, puzzles: ShapesTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of all rows, in the order of their questions; taken apart, they share nothing."""
     processed, seen = [], []
     process, encode = policy.family.pixels, policy.family.encode
 
@@ -508,7 +510,10 @@ def test_equal_images_of_prompts_taken_together_are_processed_and_seen_once(
     monkeypatch.setattr(policy.family, "encode", encoded)
     one, other = puzzles.read(0), puzzles.read(1)
     again = replace(one, row="again", question=other.question, images=(one.images[0].copy(),))
-    turned = replace(one, row="turned", images=(one.images[0].rotate(90),))
+    wide, tall = (
+        replace(one, row=str(size), images=(Image.new("RGB", size, "red"),))
+        for size in ((56, 84), (84, 56))  # the same bytes
+    )
     encoder = Encoder(policy, instruction="", max_tokens=999)
 
     def take(*items: Item) -> list[Any]:
@@ -516,21 +521,41 @@ def test_equal_images_of_prompts_taken_together_are_processed_and_seen_once(
             encoder.check(item)
         return encoder.take(items)
 
-    prompts = take(one, other, again, turned)
-    assert processed == [1, 1, 1]
+    prompts = take(one, other, again, wide, tall)
+    assert processed == [1, 1, 1, 1]
     assert prompts[2].pixels is prompts[0].pixels
-    pixels = {id(prompt.pixels) for prompt in prompts}
-    assert len(pixels) == 3
+    assert len({id(prompt.pixels) for prompt in prompts}) == 4
+    assert prompts[3].grids.tolist() != prompts[4].grids.tolist()
     alone = take(again)[0]
     assert torch.equal(alone.pixels, prompts[0].pixels)
     assert alone.pixels is not prompts[0].pixels
 
     rows = [Row(prompt=prompt, response=torch.tensor([5, 6, 7])) for prompt in prompts]
     scores = Scorer(policy, choose("cpu"), temperature=1.0)(rows)
-    assert seen == [3]
+    assert seen == [4]
     row = Row(prompt=alone, response=rows[2].response)
     true = Scorer(policy, choose("cpu"), temperature=1.0)([row])
     torch.testing.assert_close(scores.logprobs[2], true.logprobs[0], atol=1e-5, rtol=0)
+
+
+def test_a_prompt_that_is_too_long_leaves_nothing_of_its_picture_behind(
+    policy: Policy, puzzles: ShapesTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    process = policy.family.pixels
+
+    def watched(images: Sequence[Any]) -> Any:
+        pixels, grids = process(images)
+        made.append(weakref.ref(pixels))
+        return pixels, grids
+
+    monkeypatch.setattr(policy.family, "pixels", watched)
+    encoder = Encoder(policy, instruction="", max_tokens=5)
+    for item in (puzzles.read(0), puzzles.read(1)):
+        with pytest.raises(BadRow, match="prompt too long"):
+            encoder.check(item)
+    gc.collect()
+    assert [found() for found in made] == [None, None]
 
 
 def test_without_an_instruction_of_ones_own_the_models_is_taken(

@@ -516,8 +516,8 @@ def fake_pytorch(
         monkeypatch.setattr(module, "token_statistics_for", lambda *given: given)
     for module in (cppo_cuda, cppo_rocm):
         monkeypatch.setattr(module, "installed_flash_attention", lambda: ("flash_attention_2",))
-    monkeypatch.setattr(cppo_cuda, "where_right", lambda *given: given)
-    monkeypatch.setattr(cppo_cuda, "where_faster", lambda *given: given)
+    monkeypatch.setattr(cppo_cuda, "verified", lambda *given: given)
+    monkeypatch.setattr(cppo_cuda, "faster", lambda *given: given)
     return claim
 
 
@@ -551,6 +551,10 @@ def test_a_fake_pytorch_build_is_told_apart(
         assert backend.memory.headroom_bytes() == 500 + 30 - 20
         asked = (build["accelerator"], backend.precision, module.TILINGS)
         assert backend.token_statistics == asked
+        offered = None
+        if module is cppo_cuda:
+            offered = ((cppo_cuda.PARTIAL_ATTENTION, "cuda", backend.precision), "cuda")
+        assert backend.partial_attention == offered
     else:
         with pytest.raises(Unavailable, match=reason):
             module.probe()
@@ -578,6 +582,8 @@ def test_emulated_bfloat16_is_not_offered_on_a_fake_old_card(
     backend = module.probe()
     assert backend.precision == (torch.float32, torch.float16)
     assert backend.attention == attention
+    if module is cppo_cuda:  # flash attention does not run on it
+        assert backend.partial_attention == ((cppo_cuda.PARTIAL_ATTENTION, "cuda", ()), "cuda")
     with pytest.raises(ValueError, match=r"'bfloat16' is not available .* give auto or float32"):
         device.resolve_precision(backend, "bfloat16")
 

@@ -62,15 +62,8 @@ def _describe(name: str, threads: int) -> dict[str, Any]:
         "backend": found.name,
         "device": backend.device,
         "threads": threads,
-        "attention in groups": _ways(backend),
         "environment": describe(backend) | _peers(),
     }
-
-
-def _ways(backend: Backend) -> str:
-    part = backend.partial_attention
-    names = [str(dtype).removeprefix("torch.") for dtype in part.precision] if part else []
-    return "in parts in " + ", ".join(names) + ", else under a mask" if names else "under a mask"
 
 
 def _peers() -> dict[str, str]:

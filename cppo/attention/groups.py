@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from cppo.attention.kernels import Kernel, eager_attention
 from cppo.attention.masked import PaddedRows, attend_masked
-from cppo.attention.merged import Parts, attend_merged
+from cppo.attention.merged import GroupSegments, attend_merged
 from cppo.device import PartialAttention
 
 
@@ -50,8 +50,8 @@ class Layout:
         assert all(lengths and all(lengths) for lengths in self.responses), "no response is empty"
 
     @cached_property
-    def parts(self) -> Parts:
-        return Parts.of(self.prompts, self.responses, self.device)
+    def segments(self) -> GroupSegments:
+        return GroupSegments.of(self.prompts, self.responses, self.device)
 
     @cached_property
     def rows(self) -> PaddedRows:
@@ -63,7 +63,7 @@ class Layout:
         """Every layer alike."""
         if self.part is None:
             return attend_masked(query, key, value, self.rows, scale=scale, kernel=kernel)
-        return attend_merged(query, key, value, self.parts, scale=scale, part=self.part)
+        return attend_merged(query, key, value, self.segments, scale=scale, part=self.part)
 
 
 def register(attention: str) -> str:

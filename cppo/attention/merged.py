@@ -25,7 +25,7 @@ from cppo.device import PartialAttention
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Parts:
+class GroupSegments:
     """What attends to what in a packed sequence."""
 
     own: Segments  # each prompt and each response, to itself
@@ -35,10 +35,10 @@ class Parts:
     @staticmethod
     def of(
         prompts: Sequence[int], responses: Sequence[Sequence[int]], device: torch.device | str
-    ) -> Parts:
+    ) -> GroupSegments:
         """Prompts of these lengths, and of each its responses of those lengths."""
         each = [length for lengths in responses for length in lengths]
-        return Parts(
+        return GroupSegments(
             own=Segments(lengths=(*prompts, *each), device=device),
             prompts=Segments(lengths=prompts, device=device),
             together=Segments(lengths=[sum(lengths) for lengths in responses], device=device),
@@ -54,7 +54,7 @@ def attend_merged(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    parts: Parts,
+    segments: GroupSegments,
     *,
     scale: float,
     part: PartialAttention,
@@ -62,7 +62,7 @@ def attend_merged(
     """`query` (1, H, L, D), `key` and `value` (1, h, L, D). Returns (1, L, H, D)."""
     narrow = value.dtype  # rotations leave the other two wide under autocast
     attended: Tensor = _Merged.apply(  # type: ignore[no-untyped-call]
-        query.to(narrow), key.to(narrow), value, parts, scale, part
+        query.to(narrow), key.to(narrow), value, segments, scale, part
     )
     return attended
 
@@ -74,57 +74,57 @@ class _Merged(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        parts: Parts,
+        segments: GroupSegments,
         scale: float,
         part: PartialAttention,
     ) -> Tensor:
         attended, logsumexp = part.forward(
-            query, key, value, queries=parts.own, keys=parts.own, causal=True, scale=scale
+            query, key, value, queries=segments.own, keys=segments.own, causal=True, scale=scale
         )
         to_prompt, of_prompt = part.forward(
-            query[:, :, parts.split :],
-            *(tensor[:, :, : parts.split] for tensor in (key, value)),
-            queries=parts.together,
-            keys=parts.prompts,
+            query[:, :, segments.split :],
+            *(tensor[:, :, : segments.split] for tensor in (key, value)),
+            queries=segments.together,
+            keys=segments.prompts,
             causal=False,
             scale=scale,
         )
-        own, of_own = (x[:, :, parts.split :] for x in (attended, logsumexp))
+        own, of_own = (x[:, :, segments.split :] for x in (attended, logsumexp))
         weight = torch.sigmoid(of_prompt - of_own)[..., None]
         own.copy_(torch.lerp(own.to(weight.dtype), to_prompt.to(weight.dtype), weight))
         of_own.copy_(torch.logaddexp(of_own, of_prompt))
         result = attended.transpose(1, 2)
         ctx.save_for_backward(query, key, value, result, logsumexp)
-        ctx.parts, ctx.scale, ctx.part = parts, scale, part
+        ctx.segments, ctx.scale, ctx.part = segments, scale, part
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, result, logsumexp = ctx.saved_tensors
-        parts: Parts = ctx.parts
+        segments: GroupSegments = ctx.segments
         of_queries = (gradient.contiguous().transpose(1, 2), query)
         attended = result.transpose(1, 2)
         gradients: tuple[Tensor, ...] = ctx.part.backward(
             *of_queries,
             *(key, value, attended, logsumexp),
-            queries=parts.own,
-            keys=parts.own,
+            queries=segments.own,
+            keys=segments.own,
             causal=True,
             scale=ctx.scale,
         )
         shares = ctx.part.backward(
-            *(tensor[:, :, parts.split :] for tensor in of_queries),
-            *(tensor[:, :, : parts.split] for tensor in (key, value)),
-            *(tensor[:, :, parts.split :] for tensor in (attended, logsumexp)),
-            queries=parts.together,
-            keys=parts.prompts,
+            *(tensor[:, :, segments.split :] for tensor in of_queries),
+            *(tensor[:, :, : segments.split] for tensor in (key, value)),
+            *(tensor[:, :, segments.split :] for tensor in (attended, logsumexp)),
+            queries=segments.together,
+            keys=segments.prompts,
             causal=False,
             scale=ctx.scale,
         )
         of_query, of_key, of_value = gradients
         to_query, to_key, to_value = shares
-        of_query[:, :, parts.split :] += to_query
-        of_key[:, :, : parts.split] += to_key
-        of_value[:, :, : parts.split] += to_value
+        of_query[:, :, segments.split :] += to_query
+        of_key[:, :, : segments.split] += to_key
+        of_value[:, :, : segments.split] += to_value
         return (*gradients, None, None, None)

@@ -27,7 +27,7 @@ class Segments:
         return [*itertools.starmap(slice, itertools.pairwise(ends))]
 
     @cached_property
-    def ends(self) -> Tensor:
+    def offsets(self) -> Tensor:
         """(N + 1,) int32 on the device: 0, and where each of them ends."""
         ends = [*itertools.accumulate(self.lengths, initial=0)]
         return torch.tensor(ends, dtype=torch.int32, device=self.device)

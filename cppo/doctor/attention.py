@@ -81,11 +81,11 @@ def _in_groups(given: Examination, dtype: torch.dtype) -> Iterator[Finding]:
     upstream = torch.randn(1, length, HEADS, HEAD_SIZE, generator=generator).to(dtype)
 
     def differentiate(
-        attend: Callable[..., Tensor], device: torch.device | str, wide: torch.dtype
+        attend: Callable[..., Tensor], device: torch.device | str, precision: torch.dtype
     ) -> tuple[Tensor, ...]:
-        leaves = [x.to(device, wide, copy=True).requires_grad_() for x in inputs]
+        leaves = [x.to(device, precision, copy=True).requires_grad_() for x in inputs]
         attended = attend(*leaves)
-        return attended, *torch.autograd.grad(attended, leaves, upstream.to(device, wide))
+        return attended, *torch.autograd.grad(attended, leaves, upstream.to(device, precision))
 
     masked = Layout(prompts=PROMPTS, responses=RESPONSES, device=given.device)
     ways: dict[str, tuple[Layout, Kernel]] = {

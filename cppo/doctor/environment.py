@@ -28,6 +28,7 @@ def describe(backend: Backend) -> dict[str, str]:
         "processor": f"{_processor()}, {os.cpu_count()} logical cores",
         "device": _device(device, backend),
         "threads": str(torch.get_num_threads()),
+        "attention in groups": _in_groups(backend),
     }
     if properties := _properties(device):
         facts["device properties"] = properties
@@ -71,6 +72,12 @@ def _device(device: torch.device, backend: Backend) -> str:
     name = getattr(torch.get_device_module(device), "get_device_name", lambda index: device.type)
     free = backend.memory.headroom_bytes() / 2**30
     return f"{count} x {name(device.index)}, {free:.0f} GiB free"
+
+
+def _in_groups(backend: Backend) -> str:
+    part = backend.partial_attention
+    precision = ", ".join(str(d).removeprefix("torch.") for d in part.precision) if part else ""
+    return f"in parts in {precision}, else under a mask" if precision else "under a mask"
 
 
 def _properties(device: torch.device) -> str:

@@ -3,12 +3,11 @@
 from cppo.policy.batch import Row
 from cppo.policy.loading import Policy, load, save
 from cppo.policy.packed import packed_tokens
-from cppo.policy.prompts import Processed, Prompt, encode_item, encode_view
+from cppo.policy.prompts import Prompt, encode_item, encode_view
 from cppo.policy.scoring import Scorer
 
 __all__ = [
     "Policy",
-    "Processed",
     "Prompt",
     "Row",
     "Scorer",

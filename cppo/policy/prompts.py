@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 
 import torch
 from PIL import Image
@@ -14,8 +12,6 @@ from cppo.data import PLACEHOLDER, BadRow, Item
 from cppo.methods import View
 from cppo.perturb import perturb, view_seed
 from cppo.policy.loading import Policy
-
-Processed = dict[tuple[bytes, ...], tuple[Tensor, Tensor]]  # by digests: pixels and grids
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,17 +29,12 @@ class Prompt:
 
 
 def encode_item(
-    policy: Policy,
-    item: Item,
-    *,
-    instruction: str,
-    max_tokens: int,
-    processed: Processed | None = None,
+    policy: Policy, item: Item, *, instruction: str, max_tokens: int, like: Prompt | None = None
 ) -> Prompt:
     """Encodes an item, `instruction` appended to its question. It may have no images.
 
-    Items with equal images that are given the same `processed` share their pixels, the same tensor:
-    these are processed once, and the vision tower need not see them twice.
+    `like` is a prompt with equal images: its pixels are shared, the same tensor, so that they are
+    processed once, and need to be seen by the vision tower once.
 
     Raises BadRow where the prompt exceeds `max_tokens`, where the question itself holds visual
     placeholder tokens, or where the image processor refuses an image.
@@ -53,7 +44,7 @@ def encode_item(
     image_texts: list[str] = []
     if item.images:  # image processors refuse to be given none
         try:
-            pixels, grids = _processed(policy, item.images, {} if processed is None else processed)
+            pixels, grids = (like.pixels, like.grids) if like else family.pixels(item.images)
         except ValueError as error:
             raise BadRow("image not usable", str(error), row=item.row) from error
         image_texts = family.image_texts(grids)
@@ -107,15 +98,6 @@ def encode_view(policy: Policy, prompt: Prompt, view: View, *, seed: int, step: 
     )
     assert torch.equal(grids, prompt.grids), "a view must keep its images' sizes"
     return replace(prompt, pixels=pixels)
-
-
-def _processed(
-    policy: Policy, images: Sequence[Image.Image], processed: Processed
-) -> tuple[Tensor, Tensor]:
-    key = tuple(blake2b(image.tobytes(), person=b"%dx%d" % image.size).digest() for image in images)
-    if key not in processed:
-        processed[key] = policy.family.pixels(images)
-    return processed[key]
 
 
 def _lacks_start(policy: Policy, text: str) -> bool:

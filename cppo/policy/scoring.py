@@ -8,6 +8,7 @@ Shapes: R rows, T response tokens (right-padded), F image tokens of all prompts 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -24,6 +25,8 @@ from cppo.policy.padded import pad_rows
 from cppo.policy.prompts import Prompt
 from cppo.statistics import token_divergence
 
+log = logging.getLogger(__name__)
+
 
 class Scorer(nn.Module):
     """The one module that is called for scoring, so that wrapping it synchronises all gradients."""
@@ -39,6 +42,8 @@ class Scorer(nn.Module):
         if policy.attention == "eager" or (part and policy.precision not in part.precision):
             part = None
         self._arrange = partial(pack, part=part) if policy.packs else pad_rows
+        if policy.packs:
+            log.info("attention in groups is %s", "in parts" if part else "under a mask")
 
     def forward(
         self,

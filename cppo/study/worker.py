@@ -36,7 +36,10 @@ KEPT = (  # of a step's metrics, beside what the meter counts
     "update_seconds",
     "peak_memory_gib",
 )
-FACTS = ("cppo", "code", "python", "processor", "device", "threads", "torch", "transformers")
+FACTS = (
+    *("cppo", "code", "python", "processor", "device", "threads", "attention in groups"),
+    *("torch", "transformers"),
+)
 
 
 def request(run: Run, *, folder: Path, result: Path, jobs: int) -> dict[str, Any]:
