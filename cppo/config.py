@@ -175,7 +175,8 @@ class TrainConfig:
         output: Run folder; null makes one under runs/.
         backend: Hardware: auto, or a name that `cppo backends` lists.
         attention: Attention implementation; auto takes the backend's best. Flash attention serves
-            sampling and the vision tower; scoring attends in groups, through PyTorch's own.
+            the vision tower, and language models that cannot attend in groups; others do so
+            through PyTorch's own.
         precision: float32, bfloat16, float16, or auto for the backend's best.
         deterministic: Only algorithms that give the same result each time; slower.
         timeout_minutes: Longest that one process waits for another, a whole rollout of it included.

@@ -15,7 +15,10 @@ from cppo import cli
 from cppo.doctor.command import End, worst
 from cppo.doctor.worker import SECTIONS
 
-ENVIRONMENT = {"cppo", "python", "system", "processor", "device", "torch", "PyTorch is built for"}
+ENVIRONMENT = {
+    *("cppo", "python", "system", "processor", "device", "attention in groups"),
+    *("torch", "PyTorch is built for"),
+}
 
 # A backend that is the CPU's but for what is put into LIES.
 LIAR = """
@@ -99,6 +102,7 @@ def test_the_cpu_is_in_good_health(tmp_path: Path, processes: int) -> None:
     assert set(found) == set(SECTIONS)
     verdicts = {finding["verdict"] for findings in found.values() for finding in findings}
     assert "failed" not in verdicts
+    assert report["environment"]["attention in groups"].startswith("in parts in float32")
     checked = {finding["name"] for finding in found["attention"]}
     assert {f"{way} in groups float32, gradient" for way in ("merged attention", "sdpa")} <= checked
     for section, findings in found.items():

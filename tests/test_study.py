@@ -608,6 +608,7 @@ def test_a_runs_file_holds_what_was_measured(told: Told) -> None:
         assert record["settings"] == json.loads(json.dumps(run.settings()))
         jobs = 1 if str(place(told.output, run)) in told.first else 2
         assert (record["jobs"], record["environment"]["threads"]) == (jobs, "2")
+        assert record["environment"]["attention in groups"].startswith("in parts in float32")
         steps = run.config.steps
         assert [point["step"] for point in record["curve"]] == list(range(steps + 1))
         assert {len(values) for values in record["steps"].values()} == ({2} if steps else set())
