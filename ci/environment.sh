@@ -1,7 +1,9 @@
 # Makes .venv with the exact versions that are tested, unless it is there already. To be sourced.
+# CONSTRAINTS: the file that names them (default: ci/constraints.txt).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-wanted=$(cat pyproject.toml ci/constraints.txt | sha256sum | cut -d' ' -f1)
+constraints=${CONSTRAINTS:-ci/constraints.txt}
+wanted=$(cat pyproject.toml "$constraints" | sha256sum | cut -d' ' -f1)
 if [ ! -x .venv/bin/python ]; then
   "${PYTHON:-python3}" -m venv .venv
 fi
@@ -11,9 +13,9 @@ extras=$(echo "$held,${EXTRAS:-train,study,test}" | tr , '\n' | sed '/^$/d' | so
 if [ "$held" != "$extras" ]; then
   echo "installing into .venv (a minute or two)"
   # PyTorch first and by its exact version: a build without CUDA is a tenth of the size.
-  torch=$(grep '^torch==' ci/constraints.txt)
+  torch=$(grep '^torch==' "$constraints")
   .venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$torch"
-  .venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check --constraint ci/constraints.txt --editable ".[$extras]"
+  .venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check --constraint "$constraints" --editable ".[$extras]"
   echo "$wanted $extras" > .venv/installed-from
 fi
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" TOKENIZERS_PARALLELISM=false
