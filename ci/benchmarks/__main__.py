@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from measure import Row
+from measure import Row, not_run
 from sections import SECTIONS, describe_apart, measure_apart
 
 from cppo.console import Console
@@ -26,11 +27,16 @@ def main() -> None:
     given = parser.parse_args()
     about = describe_apart(given.backend, given.threads)
     wanted = given.only or [s for s in SECTIONS if s != "scale" or about["device"] != "cpu"]
-    console, rows = Console(), []
+    console, rows, broken = Console(), [], []
     report = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **about, "rows": []}
     for section in wanted:
         console.say(f"measuring: {section}")
-        new = measure_apart(section, about["backend"], given.repeats, given.threads)
+        try:
+            new = measure_apart(section, about["backend"], given.repeats, given.threads)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other sections go on
+            traceback.print_exc()
+            new = [not_run(section, f"{type(error).__name__}: {error}")]
+            broken.append(section)
         console.table(section, ("", "", "over", "ratio", "target"), [_cells(row) for row in new])
         rows += new
         # What was measured stays, whatever comes after.
@@ -38,9 +44,13 @@ def main() -> None:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     console.say(f"report: {given.json}")
+    if broken:
+        sys.exit(f"not measured: {', '.join(broken)}; the errors are above and in the report")
 
 
 def _cells(row: Row) -> tuple[str, ...]:
+    if row.ratio is None:
+        return row.what, row.subject, row.peer, f"not run: {row.not_run}", ""
     low, high = min(row.ratios), max(row.ratios)
     spread = "" if low == high else f" [{low:.3f}, {high:.3f}]"
     target = (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import statistics
-import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -17,7 +17,8 @@ from cppo.device import Backend
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One comparison: `subject` over `peer`, a value of each for each repeat."""
+    """One comparison: `subject` over `peer`, a value of each for each repeat; or why it was not
+    made, with the values of the one that ran."""
 
     what: str
     subject: str
@@ -26,14 +27,29 @@ class Row:
     peer_values: list[float]
     unit: str
     target: float | None = None
+    not_run: str = ""
 
     @property
     def ratios(self) -> list[float]:
+        if self.not_run:
+            return []
         return [a / b for a, b in zip(self.subject_values, self.peer_values, strict=True)]
 
     @property
-    def ratio(self) -> float:
-        return statistics.median(self.ratios)
+    def ratio(self) -> float | None:
+        return statistics.median(self.ratios) if self.ratios else None
+
+
+def not_run(what: str, why: str, subject: str = "", peer: str = "") -> Row:
+    return Row(
+        what=what,
+        subject=subject,
+        peer=peer,
+        subject_values=[],
+        peer_values=[],
+        unit="",
+        not_run=why,
+    )
 
 
 def compare(
@@ -46,11 +62,12 @@ def compare(
 ) -> list[Row]:
     """Runs all in turn, `repeats` times after one to warm up; each against the peer, in seconds.
 
-    What fails while it warms up is named, with its error, and left out; without the peer there is
-    nothing to compare with.
+    What fails while it warms up is left out, and its row holds the error; every row does where
+    that is the peer.
     """
     print(f"  {what}", flush=True)
-    running = {name: run for name, run in subjects.items() if _starts(what, name, run)}
+    errors = {name: error for name, run in subjects.items() if (error := _error(run))}
+    running = {name: run for name, run in subjects.items() if name not in errors}
     times: dict[str, list[float]] = {name: [] for name in running}
     for _ in range(repeats):
         for name, run in running.items():
@@ -62,24 +79,26 @@ def compare(
             what=what,
             subject=name,
             peer=peer,
-            subject_values=values,
-            peer_values=times[peer],
+            subject_values=times.get(name, []),
+            peer_values=times.get(peer, []),
             unit="s",
             target=(targets or {}).get(name),
+            not_run="; ".join(f"{each}: {errors[each]}" for each in (name, peer) if each in errors),
         )
-        for name, values in times.items()
-        if name != peer and peer in times
+        for name in subjects
+        if name != peer
     ]
 
 
-def _starts(what: str, name: str, run: Callable[[], object]) -> bool:
+def _error(run: Callable[[], object]) -> str:
+    """What it fails with; nothing where it runs."""
     try:
         run()
         synchronize()
     except Exception as error:  # noqa: BLE001 - a peer may break in any way; the others go on
-        print(f"NOT RUN: {what}: {name}: {type(error).__name__}: {error}", file=sys.stderr)
-        return False
-    return True
+        traceback.print_exc()
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def count_operations(run: Callable[[], object]) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
@@ -44,8 +46,21 @@ def describe_apart(backend: str, threads: int) -> dict[str, Any]:
 
 
 def _apart(run: Callable[..., Result], *given: Any) -> Result:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, initializer=_end_with_parent) as process:
         return process.submit(run, *given).result()
+
+
+def _end_with_parent() -> None:
+    """A bench that is killed leaves nothing running, which would slow down the next one."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _measure(section: str, backend: str, repeats: int, threads: int) -> list[Row]:

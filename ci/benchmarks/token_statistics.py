@@ -6,7 +6,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
-from measure import Row, compare, extra_bytes
+from measure import Row, compare, extra_bytes, not_run
 from torch import Tensor
 
 from cppo.device import Backend
@@ -76,14 +76,15 @@ def measure(backend: Backend, repeats: int) -> list[Row]:
         "TRL's chunked": trls,
         "whole logits": materialised,
     }
-    if on_cpu:
-        print("NOT RUN: Liger's fused loss: its kernels are in Triton, which needs a GPU")
-    elif find_spec("liger_kernel") is None:
-        print("NOT RUN: Liger's fused loss: liger-kernel is not installed")
-    else:
-        kernels["Liger's fused"] = ligers
     what = f"token statistics, T {tokens}, V {vocabulary}, D {hidden}, {str(dtype)[6:]}"
     rows: list[Row] = []
+    if on_cpu:
+        why = "its kernels are in Triton, which needs a GPU"
+        rows.append(not_run(what, why, "cppo", "Liger's fused"))
+    elif find_spec("liger_kernel") is None:
+        rows.append(not_run(what, "liger-kernel is not installed", "cppo", "Liger's fused"))
+    else:
+        kernels["Liger's fused"] = ligers
     for name, kernel in kernels.items():
         if name != "cppo":
             target = 1.1 if name == "whole logits" else 1.0
@@ -103,7 +104,7 @@ def measure(backend: Backend, repeats: int) -> list[Row]:
             targets={} if on_cpu or floor is unavoidable else {"cppo": 1.25},
         )
     logits_bytes = 4 * tokens * vocabulary
-    started = {"cppo"} | {row.peer for row in rows}
+    started = {"cppo"} | {row.peer for row in rows if not row.not_run}
     for name, kernel in kernels.items():
         if name not in started:
             continue
