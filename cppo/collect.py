@@ -104,6 +104,7 @@ class Collector:
             temperature=settings.temperature,
             top_p=settings.top_p,
             batch_responses=settings.batch_responses,
+            compile=settings.compile,
         )
 
     def collect(self, step: int) -> list[Group]:

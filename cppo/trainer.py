@@ -265,6 +265,7 @@ class Trainer:
             max_new_tokens=self.config.rollout.max_new_tokens,
             temperature=settings.temperature,
             batch_responses=self.config.rollout.batch_responses,
+            compile=self.config.rollout.compile,
         )
         count = min(count, len(self.questions))
         share = _contiguous(count, processes.rank, processes.world)

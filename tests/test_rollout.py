@@ -5,6 +5,8 @@ P prompts, S sequences, V vocabulary.
 
 from __future__ import annotations
 
+import functools
+import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import skip_or_fail
 from families import (
     FAMILIES,
     ITEMS,
@@ -31,7 +34,7 @@ from cppo.data import Item
 from cppo.data import load as load_data
 from cppo.device import choose
 from cppo.policy import Policy, Prompt, Row, Scorer, encode_item, load
-from cppo.rollout import Response, Sampling, generate
+from cppo.rollout import Response, Sampling, decoding, generate
 from cppo.rollout import transformers as in_process
 from cppo.rollout.cache import ROOM, GroupCache
 from cppo.rollout.decoding import InGroups
@@ -217,11 +220,11 @@ def test_wide_weights_in_narrow_precision_hold_narrow_keys(folder: Path) -> None
     policy = load(str(folder), dtype=torch.float32, precision=torch.bfloat16, attention="sdpa")
     if not policy.packs:
         pytest.skip("transformers' own cache holds the keys of models that cannot attend in groups")
-    decoding = InGroups(policy, make_prompts(policy), [2, 2, 2])
+    responses = InGroups(policy, make_prompts(policy), [2, 2, 2])
     with policy.evaluating():
-        states = decoding.begin()
-        decoding.advance(torch.ones(len(states), dtype=torch.long))
-    for held in decoding._cache._layers.values():
+        states = responses.begin()
+        responses.advance(torch.ones(len(states), dtype=torch.long))
+    for held in responses._cache._layers.values():
         for tensor in (held.prompt_keys, held.prompt_values, held.keys, held.values):
             assert tensor.dtype == torch.bfloat16
 
@@ -498,6 +501,114 @@ def test_a_checkpointing_adapted_policy_samples_what_it_scores(folder: Path) -> 
     found = [response.logprobs for group in groups for response in group]
     for logprobs, truth in zip(found, rescored(policy, prompts, groups, 1.0), strict=True):
         torch.testing.assert_close(logprobs, truth, atol=1e-4, rtol=0)
+
+
+# --- compiled ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], None]]:
+    """Has sampling compiled by a backend of PyTorch's compiler, from nothing."""
+    plain = torch.compile
+
+    def by(backend: Any) -> None:
+        torch._dynamo.reset()
+        compile = functools.partial(plain, backend=backend)
+        monkeypatch.setattr(torch, "compile", compile)
+
+    decoding._compiled.cache_clear()
+    yield by
+    decoding._compiled.cache_clear()
+    torch._dynamo.reset()
+
+
+def side_by_side(policy: Policy, tokens: int) -> None:
+    """Compiled and plain give the same states, though responses end, and prompts with them."""
+    ends = {9: [0, 1, 2, 4, 5], 14: [0, 1, 2], 20: [0, 2], 24: [1], tokens: []}
+    left = 6
+    ways = [InGroups(policy, make_prompts(policy), [2, 2, 2], compile=c) for c in (False, True)]
+    generator = torch.Generator().manual_seed(0)
+    with policy.evaluating():
+        for way in ways:
+            way.begin()
+        for token in range(tokens):
+            ids = torch.randint(50, (left,), generator=generator)
+            plain, compiled = (way.advance(ids) for way in ways)
+            torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-5)
+            if token in ends:
+                left = len(ends[token])
+                for way in ways:
+                    way.keep(torch.tensor(ends[token]))
+
+
+@pytest.mark.parametrize("folder", ["qwen3_vl", "internvl"], indirect=True)
+def test_few_graphs_serve_all_tokens(policy: Policy, compiling: Callable[[Any], None]) -> None:
+    """One for each kind of batch: padded prompts or not, as many responses of each or not."""
+    graphs = []
+
+    def run_as_it_is(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiling(run_as_it_is)
+    side_by_side(policy, 30)
+    assert 1 <= len(graphs) <= 5
+    seen = len(graphs)
+    side_by_side(policy, 30)
+    assert len(graphs) == seen
+
+
+def test_compiled_code_gives_the_states_that_the_model_gives(
+    tmp_path: Path, tokenizer: Any, compiling: Callable[[Any], None]
+) -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        skip_or_fail("there is no C++ compiler, which torch.compile needs on a CPU")
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        skip_or_fail("Python's headers are not installed, which torch.compile needs on a CPU")
+    folder = save_family("qwen2_5_vl", tmp_path, tokenizer)
+    policy = load(str(folder), dtype=torch.float32, attention="sdpa")
+    compiling("inductor")
+    ways = [InGroups(policy, make_prompts(policy)[:1], [3], compile=c) for c in (False, True)]
+    generator = torch.Generator().manual_seed(0)
+    with policy.evaluating():
+        for way in ways:
+            way.begin()
+        for _ in range(ROOM + 6):  # more than there is room for in the beginning
+            ids = torch.randint(50, (3,), generator=generator)
+            plain, compiled = (way.advance(ids) for way in ways)
+            torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-5)
+    assert not decoding._compiled().failed
+
+
+@pytest.mark.parametrize("folder", ["qwen3_vl", "gemma3"], indirect=True)
+def test_sampling_goes_on_where_compiling_fails(
+    policy: Policy, compiling: Callable[[Any], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no working compiler")
+
+    compiling(broken)
+    prompts = make_prompts(policy)
+    decoding._say_once.cache_clear()
+    with caplog.at_level("WARNING", logger="cppo.rollout.decoding"):
+        found = written(sample(policy, prompts, compile=True))
+        again = written(sample(policy, prompts, compile=True))
+    assert found == again == written(sample(policy, prompts))
+    (told,) = (record.message for record in caplog.records if "not compiled" in record.message)
+    assert ("no working compiler" if policy.packs else "does not attend in groups") in told
+
+
+def test_weights_that_each_token_would_make_narrow_are_not_compiled(folder: Path) -> None:
+    policy = load(str(folder), dtype=torch.float32, precision=torch.bfloat16, attention="sdpa")
+    given = make_prompts(policy)[:1]
+    assert not decoding.decoder(policy, given, 2, compile=True).compiled
+    narrow = load(str(folder), dtype=torch.bfloat16, precision=torch.bfloat16, attention="sdpa")
+    assert decoding.decoder(narrow, given, 2, compile=True).compiled == narrow.packs
 
 
 # --- real data ---------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from cppo.methods import METHODS
 from cppo.policy import encode_item
 from cppo.processes import Processes
 from cppo.reward import SECOND_LOOKS, Reward, SecondLook, final_answer
+from cppo.rollout import transformers as in_process
 from cppo.run_folder import RunFolder
 from cppo.trainer import Trainer
 
@@ -357,6 +358,26 @@ def test_an_accelerator_hands_back_between_rollout_and_update_what_the_rollout_h
 def reward_beyond_one(response: str, answer: str, question: str) -> float:
     """All of it clips to the same accuracy."""
     return 1.0 + len(response)
+
+
+def test_sampling_is_compiled_where_that_is_asked_for(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In rollouts, and in the evaluation at the end."""
+    asked: list[tuple[int, bool]] = []
+
+    def decoder(policy: Any, prompts: Any, responses: int, *, compile: bool) -> Any:
+        asked.append((responses, compile))
+        return plain(policy, prompts, responses)
+
+    plain = in_process.decoder
+    monkeypatch.setattr(in_process, "decoder", decoder)
+    rollout = RolloutConfig(prompts=2, responses=3, max_new_tokens=6, compile=True)
+    run(config(tiny_folder, rollout=rollout), tmp_path / "compiled")
+    assert set(asked) == {(3, True), (2, True)}
+    asked.clear()
+    run(config(tiny_folder), tmp_path / "plain")
+    assert set(asked) == {(3, False), (2, False)}
 
 
 @pytest.mark.parametrize(("method", "teaches"), [("grpo", True), ("dapo", False)])

@@ -1,7 +1,8 @@
 """A whole step, rollout included, of `cppo train` and TRL's trainer: time, and what passes through.
 
 Both sample with transformers in the same process, from the same weights, on the same pictures, in
-float32 with SDPA; a step of theirs, a step of ours, and so on.
+float32 with SDPA; a step of theirs, a step of ours, one of ours that samples with compiled code,
+and so on. The peer's sampling is never compiled: its trainer has transformers leave that.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from cppo.config import (
     TrainConfig,
 )
 from cppo.device import Backend
+from cppo.rollout.decoding import _compiled
 from cppo.trainer import Trainer
 
 RESPONSES = 8
@@ -41,6 +43,7 @@ IMAGES, TOKENS = (
     "tokens through the language model, decoding aside",
 )
 OURS, PEER = "cppo, three views", "TRL's GRPO, one view"
+COMPILED = f"{OURS}, sampling compiled"
 
 
 asked = itertools.count()
@@ -64,32 +67,38 @@ def _one(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         tokenizer, images = _prepare(folder, repeats, side, prompts)
-        trainer = _ours(name, folder, repeats, response, prompts)
-        ours: list[float] = []
+        ours = {
+            subject: _ours(name, folder, repeats, response, prompts, compile=compile)
+            for subject, compile in ((OURS, False), (COMPILED, True))
+        }
+        seconds: dict[str, list[float]] = {subject: [] for subject in ours}
 
-        def step_of_ours() -> None:
-            started = now()
-            trainer._train_step(len(ours) + 1)
-            ours.append(now() - started)
+        def steps_of_ours() -> None:
+            for subject, trainer in ours.items():
+                started = now()
+                trainer._train_step(len(seconds[subject]) + 1)
+                seconds[subject].append(now() - started)
 
-        try:
-            with _counting(trainer.policy.model) as mine:
+        with contextlib.ExitStack() as closing:
+            for trainer in ours.values():
+                closing.callback(trainer.close)
+            with _counting(ours[OURS].policy.model) as mine:
                 theirs, other = _trls(
-                    backend, folder, tokenizer, images, repeats, response, prompts, step_of_ours
+                    backend, folder, tokenizer, images, repeats, response, prompts, steps_of_ours
                 )
-        finally:
-            trainer.close()
-    ours, theirs = ours[1:], theirs[1:]  # the first warms up
+    failed = {COMPILED: "compiling failed: see the log"} if _compiled().failed else {}
     rows = [
         Row(
             what=what,
-            subject=OURS,
+            subject=subject,
             peer=PEER,
-            subject_values=ours,
-            peer_values=theirs,
+            subject_values=values[1:],  # the first warms up
+            peer_values=theirs[1:],
             unit="s",
             target=0.6,
+            not_run=failed.get(subject, ""),
         )
+        for subject, values in seconds.items()
     ]
     return rows + [
         Row(
@@ -152,14 +161,16 @@ def _prepare(folder: Path, repeats: int, side: int, prompts: int) -> tuple[Any, 
     return tokenizer, images
 
 
-def _ours(name: str, folder: Path, repeats: int, response: int, prompts: int) -> Trainer:
+def _ours(
+    backend: str, folder: Path, repeats: int, response: int, prompts: int, *, compile: bool
+) -> Trainer:
     config = TrainConfig(
         method="cppo",
         model=str(folder / "model"),
         data=str(folder / "data"),
         reward=f"{__name__}:every_other",
         steps=repeats + 1,
-        backend=name,
+        backend=backend,
         precision="float32",
         attention="sdpa",
         checkpoint_every=0,
@@ -167,10 +178,12 @@ def _ours(name: str, folder: Path, repeats: int, response: int, prompts: int) ->
         policy=PolicyConfig(max_prompt_tokens=4096),
         dataset=DataConfig(instruction=""),  # the peer appends none
         optimizer=OptimizerConfig(tokens_per_micro_batch=1_000_000),
-        rollout=RolloutConfig(prompts=prompts, responses=RESPONSES, max_new_tokens=response),
+        rollout=RolloutConfig(
+            prompts=prompts, responses=RESPONSES, max_new_tokens=response, compile=compile
+        ),
         evaluation=EvaluationConfig(items=1, k=1, every=0, items_during=1),
     )
-    return Trainer(config, folder / "run")
+    return Trainer(config, folder / f"run-{'compiled' if compile else 'plain'}")
 
 
 def _trls(

@@ -18,7 +18,7 @@ from torch import Tensor
 from cppo.attention import Kernel
 from cppo.attention.pieces import Pieces
 
-ROOM = 64  # tokens of each response that a layer begins with; doubled whenever they are used up
+ROOM = 64  # tokens of each response that a layer begins with; doubled as they are used up
 
 
 @dataclass(kw_only=True, eq=False)
@@ -29,6 +29,10 @@ class _Held:
     prompt_values: Tensor
     keys: Tensor  # (S, h, room, D)
     values: Tensor
+
+    def double_room(self) -> None:
+        self.keys = torch.cat([self.keys, torch.empty_like(self.keys)], dim=2)
+        self.values = torch.cat([self.values, torch.empty_like(self.values)], dim=2)
 
 
 class GroupCache:
@@ -55,6 +59,10 @@ class GroupCache:
     def advance(self) -> None:
         """To be called before each pass over the next token of all responses."""
         self._sampled += 1
+        for held in self._layers.values():
+            # A place is always free: code compiled for rooms in part used goes on to serve.
+            if self._sampled >= held.keys.shape[2]:
+                held.double_room()
 
     def keep(self, rows: Tensor) -> None:
         """Lets go of all responses but these (indices in order), and of prompts without any."""
@@ -104,13 +112,10 @@ class GroupCache:
     ) -> Tensor:
         """Of the newest token of each response, (S, H, 1, D) to (S, 1, H, D)."""
         held, now = self._layers[layer], self._sampled
-        if now > held.keys.shape[2]:
-            held.keys, held.values = (
-                torch.cat([tensor, torch.empty_like(tensor)], dim=2)
-                for tensor in (held.keys, held.values)
-            )
-        held.keys[:, :, now - 1], held.values[:, :, now - 1] = key[:, :, 0], value[:, :, 0]
-        keys, values = held.keys[:, :, :now], held.values[:, :, :now]
+        # Indices would be constants to a compiler, which would begin anew for each token.
+        held.keys.narrow(2, now - 1, 1).copy_(key)
+        held.values.narrow(2, now - 1, 1).copy_(value)
+        keys, values = held.keys.narrow(2, 0, now), held.values.narrow(2, 0, now)
         queries = (query * scale).to(keys.dtype).view(len(query), key.shape[1], -1, query.shape[3])
         to_own = queries @ keys.transpose(2, 3)  # (S, h, H / h, t)
         to_prompt = self._by_response(self._by_prompt(queries) @ held.prompt_keys.transpose(2, 3))

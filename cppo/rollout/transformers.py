@@ -27,6 +27,7 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     batch_responses: int = 256  # sampled side by side; bounds memory
+    compile: bool = False  # the pass of a token, by `torch.compile`
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,7 +59,7 @@ def _sample(
     policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, generator: torch.Generator
 ) -> list[list[Response]]:
     device, repeats = policy.device, sampling.responses
-    decoding = decoder(policy, prompts, repeats)
+    decoding = decoder(policy, prompts, repeats, compile=sampling.compile)
     hidden = decoding.begin()
     # As scores are made: of states and weights in the policy's precision, added up in float32.
     head = policy.head.to(policy.precision).float()
@@ -73,8 +74,9 @@ def _sample(
     finished = torch.zeros(count, dtype=torch.bool, device=device)
 
     # Autocast keeps no narrow copies of the weights in inference mode: each token would make them.
-    cast = torch.is_autocast_enabled(device.type)
-    faster = contextlib.nullcontext if cast else torch.inference_mode
+    # Compiled code gains nothing by it.
+    as_usual = torch.is_autocast_enabled(device.type) or decoding.compiled
+    faster = contextlib.nullcontext if as_usual else torch.inference_mode
     for step in range(sampling.max_new_tokens):
         with torch.autocast(device.type, enabled=False):
             logits = linear(hidden.to(policy.precision).float(), head)
