@@ -142,6 +142,7 @@ class _Compiled:
     where that fails. A call that fails can be made again: it writes to the cache's last place."""
 
     def __init__(self) -> None:
+        logger.info("sampling will be compiled at its second token, for a minute or more")
         self._run: Callable[..., Tensor] = torch.compile(_next_states, dynamic=True)
 
     @property
