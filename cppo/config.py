@@ -80,9 +80,10 @@ class RolloutConfig:
         top_p: Sample from the likeliest tokens that reach this share.
         batch_responses: Responses sampled side by side; bounds memory.
         compile: Sample with compiled code, by torch.compile: a token takes less time, but compiling
-            a minute or more, again where a batch is of a new kind. For models that attend in
-            groups, in float32, or in 16 bits with adapters (training all weights keeps them in
-            float32); else, and where it fails, the log says so and sampling goes on without.
+            a minute or more, in the first step, and later again once a batch is down to one prompt,
+            or to one response to each. For models that attend in groups, in float32, or in 16 bits
+            with adapters (training all weights keeps them in float32); else, and where it fails,
+            the log says so and sampling goes on without.
         max_resamples: Rounds of new prompts in place of groups without spread, for methods that
             resample.
     """
@@ -226,6 +227,7 @@ class EvalConfig:
         top_p: Sample from the likeliest tokens that reach this share.
         max_new_tokens: Longest response.
         batch_responses: Responses sampled side by side; bounds memory.
+        compile: Sample with compiled code, as `rollout.compile` of a training run does.
         reward: "default", or "package.module:function"; "vision_sr1" or "visionary_r1" for models
             that were trained so: their instruction, unless one is given, and their answers.
         seed: Of sampling.
@@ -245,6 +247,7 @@ class EvalConfig:
     top_p: float = 1.0
     max_new_tokens: int = 1024
     batch_responses: int = 64
+    compile: bool = False
     reward: str = "default"
     seed: int = 0
     json: str | None = None

@@ -4,6 +4,7 @@ import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from cppo.evaluation import (
     summarise,
 )
 from cppo.reward import SECOND_LOOKS, Reward, SecondLook
+from cppo.rollout import transformers as in_process
 
 MATRICES = st.integers(1, 5).flatmap(
     lambda samples: st.lists(
@@ -230,6 +232,24 @@ def test_shapes_that_do_not_fit_each_other_are_refused() -> None:
 
 def always_right(response: str, answer: str, question: str, reply: str | None = None) -> Reward:
     return Reward(total=1.0, accuracy=1.0, format=0.0)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_sampling_is_compiled_where_that_is_asked_for(
+    compile: bool, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cppo.evaluation.command import run
+
+    asked: list[bool] = []
+
+    def decoder(policy: Any, prompts: Any, responses: int, *, compile: bool) -> Any:
+        asked.append(compile)
+        return plain(policy, prompts, responses)
+
+    plain = in_process.decoder
+    monkeypatch.setattr(in_process, "decoder", decoder)
+    run(EvalConfig(model=str(tiny_folder), k=2, count=2, max_new_tokens=4, compile=compile))
+    assert set(asked) == {compile}
 
 
 def test_an_evaluation_by_a_second_look_asks_and_reads_in_its_form(

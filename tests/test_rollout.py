@@ -522,17 +522,22 @@ def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], None]
     torch._dynamo.reset()
 
 
-def side_by_side(policy: Policy, tokens: int) -> None:
-    """Compiled and plain give the same states, though responses end, and prompts with them."""
-    ends = {9: [0, 1, 2, 4, 5], 14: [0, 1, 2], 20: [0, 2], 24: [1], tokens: []}
-    left = 6
-    ways = [InGroups(policy, make_prompts(policy), [2, 2, 2], compile=c) for c in (False, True)]
+def side_by_side(policy: Policy, prompts: Sequence[Prompt], ends: dict[int, list[int]]) -> None:
+    """Compiled and plain give the same states, two responses to each prompt.
+
+    `ends` says which go on after so many tokens; the last entry, that none does.
+    """
+    left = 2 * len(prompts)
+    counts = [2] * len(prompts)
+    ways = [InGroups(policy, prompts, counts, compile=c) for c in (False, True)]
     generator = torch.Generator().manual_seed(0)
     with policy.evaluating():
         for way in ways:
             way.begin()
-        for token in range(tokens):
-            ids = torch.randint(50, (left,), generator=generator)
+        for token in range(max(ends)):
+            ids = torch.randint(50, (left, 1), generator=generator)[:, 0]
+            if token % 2:
+                ids = ids.clone()  # a view no more; samplers give either
             plain, compiled = (way.advance(ids) for way in ways)
             torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-5)
             if token in ends:
@@ -543,7 +548,7 @@ def side_by_side(policy: Policy, tokens: int) -> None:
 
 @pytest.mark.parametrize("folder", ["qwen3_vl", "internvl"], indirect=True)
 def test_few_graphs_serve_all_tokens(policy: Policy, compiling: Callable[[Any], None]) -> None:
-    """One for each kind of batch: padded prompts or not, as many responses of each or not."""
+    """One, though responses end; others for several prompts with one each, and for one prompt."""
     graphs = []
 
     def run_as_it_is(graph: Any, inputs: Any) -> Any:
@@ -551,11 +556,17 @@ def test_few_graphs_serve_all_tokens(policy: Policy, compiling: Callable[[Any], 
         return graph.forward
 
     compiling(run_as_it_is)
-    side_by_side(policy, 30)
-    assert 1 <= len(graphs) <= 5
-    seen = len(graphs)
-    side_by_side(policy, 30)
-    assert len(graphs) == seen
+    prompts = make_prompts(policy)
+    for _ in range(2):
+        side_by_side(policy, prompts, {9: [0, 1, 2, 4, 5], 14: [0, 1, 2], 20: []})
+        assert len(graphs) == 1
+    for _ in range(2):
+        side_by_side(policy, prompts, {9: [1, 2, 4], 14: [0, 2], 24: [1], 30: []})
+        assert len(graphs) == 2
+    for _ in range(2):
+        side_by_side(policy, prompts[:1], {9: [1], 12: []})
+        side_by_side(policy, prompts[1:2], {20: []})
+        assert len(graphs) == 3
 
 
 def test_compiled_code_gives_the_states_that_the_model_gives(

@@ -38,14 +38,17 @@ class Pieces:
     """N pieces that lie end to end, S positions in all, and as rows of the longest's width W."""
 
     mask: Tensor  # (N, W) bool, False on padding
-    to_rows: Tensor | None  # (N * W,) the position of each place; None where nothing is padded
+    to_rows: Tensor | None  # (N * W,) the position of each place; None where nothing is moved
     to_sequence: Tensor | None  # (S,) the place of each position
 
     @staticmethod
-    def of(lengths: Sequence[int], device: torch.device | str) -> Pieces:
+    def of(
+        lengths: Sequence[int], device: torch.device | str, *, always_moved: bool = False
+    ) -> Pieces:
+        """Pieces of one length are moved nowhere, unless `always_moved` has all treated alike."""
         width = max(lengths)
         mask = torch.arange(width) < torch.tensor(lengths)[:, None]
-        if mask.all():
+        if mask.all() and not always_moved:
             return Pieces(mask=mask.to(device), to_rows=None, to_sequence=None)
         flat = mask.flatten()
         return Pieces(

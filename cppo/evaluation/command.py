@@ -58,6 +58,7 @@ def run(config: EvalConfig) -> Outcome:
         temperature=config.temperature,
         top_p=config.top_p,
         batch_responses=config.batch_responses,
+        compile=config.compile,
     )
     settings = config.rewards
     with (

@@ -40,13 +40,23 @@ class GroupCache:
     prompts, and then in one for each token."""
 
     def __init__(
-        self, lengths: Sequence[int], responses: Sequence[int], device: torch.device | str = "cpu"
+        self,
+        lengths: Sequence[int],
+        responses: Sequence[int],
+        device: torch.device | str = "cpu",
+        *,
+        compiled: bool = False,
     ) -> None:
-        """For prompts of these lengths, each with so many `responses`."""
+        """For prompts of these lengths, each with so many `responses`.
+
+        Where passes over tokens are `compiled`, what could be left out for even groups is not: the
+        same code goes on to serve when responses end.
+        """
+        self.sampled = 0  # tokens of each response, that of the pass under way included
+        self._compiled = compiled
         self._prompts = Pieces.of(lengths, device)
         self._group = torch.arange(len(lengths)).repeat_interleave(torch.tensor(responses))  # (S,)
         self._layers: dict[int, _Held] = {}
-        self._sampled = 0
         self._line_up()
 
     def attend(
@@ -58,10 +68,10 @@ class GroupCache:
 
     def advance(self) -> None:
         """To be called before each pass over the next token of all responses."""
-        self._sampled += 1
+        self.sampled += 1
         for held in self._layers.values():
             # A place is always free: code compiled for rooms in part used goes on to serve.
-            if self._sampled >= held.keys.shape[2]:
+            if self.sampled >= held.keys.shape[2]:
                 held.double_room()
 
     def keep(self, rows: Tensor) -> None:
@@ -82,9 +92,10 @@ class GroupCache:
     def _line_up(self) -> None:
         """Responses by prompt, side by side."""
         device = self._prompts.mask.device
-        self._members = Pieces.of(self._group.bincount().tolist(), device)
+        counts = self._group.bincount().tolist()
+        self._members = Pieces.of(counts, device, always_moved=self._compiled)
         padding = ~self._prompts.mask[:, None, None, None]  # (P, 1, 1, 1, L)
-        self._padding = padding if padding.any() else None
+        self._padding = padding if self._compiled or padding.any() else None
 
     def _attend_prompts(
         self, query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float, kernel: Kernel
@@ -111,7 +122,7 @@ class GroupCache:
         self, query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float
     ) -> Tensor:
         """Of the newest token of each response, (S, H, 1, D) to (S, 1, H, D)."""
-        held, now = self._layers[layer], self._sampled
+        held, now = self._layers[layer], self.sampled
         # Indices would be constants to a compiler, which would begin anew for each token.
         held.keys.narrow(2, now - 1, 1).copy_(key)
         held.values.narrow(2, now - 1, 1).copy_(value)

@@ -89,9 +89,8 @@ class InGroups:
         compile: bool = False,
     ) -> None:
         self._policy, self._prompts, self.compiled = policy, prompts, compile
-        self._tokens = 0  # of each response
         lengths = [len(prompt.ids) for prompt in prompts]
-        self._cache = GroupCache(lengths, counts, policy.device)
+        self._cache = GroupCache(lengths, counts, policy.device, compiled=compile)
         self._group = _group(counts, policy.device)
         self._positions = _first_positions(prompts, self._group)
 
@@ -113,11 +112,10 @@ class InGroups:
     def advance(self, tokens: Tensor) -> Tensor:
         policy = self._policy
         self._cache.advance()
-        self._tokens += 1
-        # To a compiler, sizes of 1 are cases apart.
-        compiled = self.compiled and self._tokens > 1 and len(tokens) > 1
+        # To a compiler, sizes of 1 are cases apart, and so are views: of tokens, it gets none.
+        compiled = self.compiled and self._cache.sampled > 1 and len(tokens) > 1
         run = _compiled() if compiled else _next_states
-        states = run(policy.family, policy.base, tokens, self._positions, self._cache)
+        states = run(policy.family, policy.base, tokens.clone(), self._positions, self._cache)
         self._positions = self._positions + 1
         return states
 
@@ -138,8 +136,9 @@ def _next_states(
 
 
 class _Compiled:
-    """The same, compiled when it is first called, and for each new kind of batch; as it is from
-    where that fails. A call that fails can be made again: it writes to the cache's last place."""
+    """The same, compiled when it is first called, and anew for one prompt after several, and the
+    like; as it is from where that fails. A call that fails can be made again: it writes to the
+    cache's last place."""
 
     def __init__(self) -> None:
         logger.info("sampling will be compiled at its second token, for a minute or more")
