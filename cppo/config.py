@@ -80,10 +80,10 @@ class RolloutConfig:
         top_p: Sample from the likeliest tokens that reach this share.
         batch_responses: Responses sampled side by side; bounds memory.
         compile: Sample with compiled code, by torch.compile: a token takes less time, but compiling
-            a minute or more, in the first step, and later again once a batch is down to one prompt,
-            or to one response to each. For models that attend in groups, in float32, or in 16 bits
-            with adapters (training all weights keeps them in float32); else, and where it fails,
-            the log says so and sampling goes on without.
+            a minute or more in the first step, and again, less long, for the first batch of another
+            kind (of several prompts, of one, of one response to each). For models that attend in
+            groups, in float32, or in 16 bits with adapters (training all weights keeps them in
+            float32); else, and where it fails, the log says so and sampling goes on without.
         max_resamples: Rounds of new prompts in place of groups without spread, for methods that
             resample.
     """
@@ -227,7 +227,8 @@ class EvalConfig:
         top_p: Sample from the likeliest tokens that reach this share.
         max_new_tokens: Longest response.
         batch_responses: Responses sampled side by side; bounds memory.
-        compile: Sample with compiled code, as `rollout.compile` of a training run does.
+        compile: Sample with compiled code, as `rollout.compile` of a training run does; in 16 bits
+            with adapters or without.
         reward: "default", or "package.module:function"; "vision_sr1" or "visionary_r1" for models
             that were trained so: their instruction, unless one is given, and their answers.
         seed: Of sampling.

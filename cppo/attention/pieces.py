@@ -45,7 +45,7 @@ class Pieces:
     def of(
         lengths: Sequence[int], device: torch.device | str, *, always_moved: bool = False
     ) -> Pieces:
-        """Pieces of one length are moved nowhere, unless `always_moved` has all treated alike."""
+        """Pieces of one length stay where they are, unless they are `always_moved`."""
         width = max(lengths)
         mask = torch.arange(width) < torch.tensor(lengths)[:, None]
         if mask.all() and not always_moved:

@@ -45,15 +45,15 @@ class GroupCache:
         responses: Sequence[int],
         device: torch.device | str = "cpu",
         *,
-        compiled: bool = False,
+        one_form: bool = False,
     ) -> None:
         """For prompts of these lengths, each with so many `responses`.
 
-        Where passes over tokens are `compiled`, what could be left out for even groups is not: the
-        same code goes on to serve when responses end.
+        With `one_form`, groups of one size are moved and prompts of one length are masked as others
+        are, so that code compiled for a pass goes on to serve when responses end.
         """
         self.sampled = 0  # tokens of each response, that of the pass under way included
-        self._compiled = compiled
+        self._one_form = one_form
         self._prompts = Pieces.of(lengths, device)
         self._group = torch.arange(len(lengths)).repeat_interleave(torch.tensor(responses))  # (S,)
         self._layers: dict[int, _Held] = {}
@@ -93,9 +93,9 @@ class GroupCache:
         """Responses by prompt, side by side."""
         device = self._prompts.mask.device
         counts = self._group.bincount().tolist()
-        self._members = Pieces.of(counts, device, always_moved=self._compiled)
+        self._members = Pieces.of(counts, device, always_moved=self._one_form)
         padding = ~self._prompts.mask[:, None, None, None]  # (P, 1, 1, 1, L)
-        self._padding = padding if self._compiled or padding.any() else None
+        self._padding = padding if self._one_form or padding.any() else None
 
     def _attend_prompts(
         self, query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float, kernel: Kernel
@@ -105,12 +105,16 @@ class GroupCache:
             self._prompts.pad(tensor[0].transpose(0, 1)).transpose(1, 2)
             for tensor in (query, key, value)
         )
-        # Rotations leave keys wide under autocast; products would make them narrow each time.
-        narrow = values.dtype
+
+        def own(held: Tensor) -> Tensor:
+            # Rotations leave keys wide under autocast; products would make them narrow each time.
+            # Not a view: code compiled for one would not serve what `keep` leaves.
+            return held.to(values.dtype, copy=True, memory_format=torch.contiguous_format)
+
         empty = values.new_empty(len(self._group), values.shape[1], ROOM, values.shape[3])
         self._layers[layer] = _Held(
-            prompt_keys=keys.to(narrow).contiguous(),
-            prompt_values=values.contiguous(),
+            prompt_keys=own(keys),
+            prompt_values=own(values),
             keys=empty,
             values=torch.empty_like(empty),
         )

@@ -90,7 +90,7 @@ class InGroups:
     ) -> None:
         self._policy, self._prompts, self.compiled = policy, prompts, compile
         lengths = [len(prompt.ids) for prompt in prompts]
-        self._cache = GroupCache(lengths, counts, policy.device, compiled=compile)
+        self._cache = GroupCache(lengths, counts, policy.device, one_form=compile)
         self._group = _group(counts, policy.device)
         self._positions = _first_positions(prompts, self._group)
 
@@ -112,10 +112,12 @@ class InGroups:
     def advance(self, tokens: Tensor) -> Tensor:
         policy = self._policy
         self._cache.advance()
-        # To a compiler, sizes of 1 are cases apart, and so are views: of tokens, it gets none.
+        # To a compiler, sizes of 1 are cases apart.
         compiled = self.compiled and self._cache.sampled > 1 and len(tokens) > 1
         run = _compiled() if compiled else _next_states
-        states = run(policy.family, policy.base, tokens.clone(), self._positions, self._cache)
+        # Draws are views until a response ends, and code compiled for a view serves nothing else.
+        own = tokens.clone()
+        states = run(policy.family, policy.base, own, self._positions, self._cache)
         self._positions = self._positions + 1
         return states
 
@@ -136,9 +138,9 @@ def _next_states(
 
 
 class _Compiled:
-    """The same, compiled when it is first called, and anew for one prompt after several, and the
-    like; as it is from where that fails. A call that fails can be made again: it writes to the
-    cache's last place."""
+    """The same, compiled when it is first called, and again for the first batch of another kind (of
+    several prompts, of one, of one response to each); as it is from where that fails. A call that
+    fails can be made again: it writes to the cache's last place."""
 
     def __init__(self) -> None:
         logger.info("sampling will be compiled at its second token, for a minute or more")
@@ -149,12 +151,17 @@ class _Compiled:
         return self._run is _next_states
 
     def __call__(self, *given: Any) -> Tensor:
+        from torch._dynamo import config as of_code
         from torch._dynamo.exc import TorchDynamoException
         from torch.fx.experimental import _config as of_shapes
 
         try:
-            # Sizes that happen to be equal, of responses and heads, say, are not one.
-            with of_shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]  # made at run time
+            with (
+                # Sizes that happen to be equal, of responses and heads, say, are not one.
+                of_shapes.patch(use_duck_shape=False),  # type: ignore[attr-defined]  # made at run time
+                # The model's numbers are constants; to leave them open takes a second try.
+                of_code.patch(specialize_float=True),
+            ):
                 return self._run(*given)
         except TorchDynamoException as error:
             cause = getattr(error, "inner_exception", error)

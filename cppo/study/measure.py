@@ -42,6 +42,7 @@ def measure_answers(trainer: Trainer, settings: MeasureConfig) -> dict[str, floa
         responses=settings.k,
         max_new_tokens=config.rollout.max_new_tokens,
         batch_responses=config.rollout.batch_responses,
+        compile=config.rollout.compile,
     )
     found = {}
     for name, view in VIEWS.items():
